@@ -1,0 +1,105 @@
+# make demo | test | test-slow | test-all | lint | bench | clean
+#
+# TORCH=...         the torch to install into .venv (default: the CPU set of constraints.txt)
+# TORCH_INDEX=...   an extra package index to find it on, for instance PyTorch's index of CPU wheels
+# PYTHON=...        the Python that makes .venv
+# DEVICE=cuda make demo    (or bench) runs on the GPU with the current Python and its torch, installs nothing
+# DEMO_ARGS="..."   more options for the demo
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+TORCH_DEFAULT := torch==2.13.0
+TORCH         ?= $(TORCH_DEFAULT)
+TORCH_INDEX   ?=
+DEVICE        ?= cpu
+DEMO_ARGS     ?=
+VENV          ?= .venv
+PYTHON        ?= python3
+DEVICE_PYTHON ?= $(shell command -v python || command -v python3 || echo python3)
+
+PY    := $(VENV)/bin/python
+PIP   := $(PY) -m pip --disable-pip-version-check -qq
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Another torch means another stamp, so `make test TORCH=...` is never served by the old one.
+STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
+
+.PHONY: help venv demo test test-slow test-all lint bench clean
+
+help:
+	@echo "make demo      swap the kernels into VLMo-Base: check, time, table and chart in out/demo/"
+	@echo "make test      lint and the fast tests"
+	@echo "make test-all  make test, then the slow tests and the wheel check (make test-slow)"
+	@echo "make lint      ruff alone"
+	@echo "make bench     block, ffn and attention benchmarks into out/bench/"
+	@echo "make clean     remove .venv, out/ and build products"
+	@echo "DEVICE=cuda make demo    on the GPU, with the torch of the current Python"
+
+venv: $(STAMP)
+
+# torch goes first and is then held at exactly what was installed: no later step can replace it.
+# The Triton of constraints.txt is for a torch that brings none (a CPU build).
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: Python 3.10 or newer must be there, '$(PYTHON)' is not. Hint: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' must have the modules venv and ensurepip." >&2; \
+	  echo "Hint: on Debian and Ubuntu 'apt-get install python3-venv'; or name another one: make PYTHON=... ..." >&2; exit 1; }
+	@echo "[1/3] virtual environment in $(VENV)"
+	@rm -f $(VENV)/.stamp-*
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] $(TORCH) (the largest download; about a minute when it is at hand)"
+	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
+	@$(if $(filter $(TORCH_DEFAULT),$(TORCH)),grep '^torch==' constraints.txt >> $(VENV)/constraints.txt)
+	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel '$(TORCH)' || { \
+	  echo "make: '$(TORCH)' could not be installed. Hint: make TORCH=... TORCH_INDEX=... names another one." >&2; exit 1; }
+	@sed -i.bak '/^torch==/d' $(VENV)/constraints.txt
+	@$(PY) -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' >> $(VENV)/constraints.txt
+	@$(PY) -c 'import importlib.metadata as m; print("triton==" + m.version("triton"))' 2>/dev/null \
+	  >> $(VENV)/constraints.txt || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
+	@echo "[3/3] tools for demo and tests, then vlmo_kernels itself"
+	@$(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,demo,test]'
+	@touch $@
+
+ifeq ($(DEVICE),cpu)
+RUN := $(VENV)/bin/vlmo-kernels
+READY := $(STAMP)
+else
+RUN := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON) -m vlmo_kernels.cli
+READY := device-python
+endif
+
+.PHONY: device-python
+device-python:
+	@$(DEVICE_PYTHON) -c 'import torch' 2>/dev/null || { \
+	  echo "make: DEVICE=$(DEVICE) uses the torch of '$(DEVICE_PYTHON)', which cannot import torch." >&2; \
+	  echo "Hint: activate the environment with your torch, or DEVICE_PYTHON=/path/to/python." >&2; exit 1; }
+
+demo: $(READY)
+	$(RUN) demo $(if $(filter-out cpu,$(DEVICE)),--device $(DEVICE)) $(DEMO_ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+
+test: lint
+	$(PY) -m pytest -q -m "not slow and not gpu" --durations=5
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -q -m "slow and not gpu" --durations=5 || { rc=$$?; \
+	  [ $$rc -eq 5 ] && echo "test-slow: no test is marked slow"; }
+	PYTHON=$(PY) tests/check_wheel.sh
+
+# One after the other, also under make -j.
+test-all:
+	$(MAKE) test
+	$(MAKE) test-slow
+
+bench: $(READY)
+	@mkdir -p out/bench
+	for suite in block ffn attention; do \
+	  $(RUN) bench $$suite --device $(DEVICE) --json out/bench/$$suite.json; done
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
+	find vlmo_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,253 @@
+"""Triton launchers of `shared_attention`. Contract: reference/shared_attention.py; device code: attention_*.py.
+
+The forward is one launch. The backward is two (dq, then dk and dv) or, for short samples, one; a bias
+gradient adds a fill and two. Grids come from T, B and max_seqlen alone, so nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .attention_bwd import (
+    attention_dbias_kernel,
+    attention_dkdv_kernel,
+    attention_dq_kernel,
+    attention_short_bwd_kernel,
+    row_of_position_kernel,
+)
+from .attention_fwd import attention_fwd_kernel
+
+LOG2E = 1.4426950408889634
+MAX_HEAD_DIM = 256
+Optional = torch.Tensor | None
+
+
+class Config(NamedTuple):
+    """Rows of a query tile, rows of a key tile, warps, and stages of the pipelined loop."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By kernel and padded head dimension; 16-bit inputs. Every entry fits the 99 KiB of shared memory of
+# sm_86 and sm_120 and spills nowhere (vlmo-kernels audit).
+_CONFIGS = {
+    "fwd": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
+    "dq": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    "dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
+    "short": {16: (256, 64, 8, 2), 32: (256, 64, 8, 2), 64: (256, 64, 8, 2), 128: (128, 64, 8, 1)},
+    "dbias": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 1), 256: (32, 32, 4, 1)},
+}
+# Without tensor cores (fp32, IEEE) the tiles are smaller: operands take twice the room.
+_CONFIGS_32 = {
+    "fwd": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "dq": {16: (64, 32, 4, 1), 32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "dkdv": {16: (32, 64, 4, 1), 32: (32, 64, 4, 1), 64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "short": {16: (64, 32, 4, 1), 32: (64, 32, 4, 1), 64: (64, 16, 4, 1)},
+    "dbias": {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def config_for(kernel: str, itemsize: int, head_dim: int, max_seqlen: int) -> Config | None:
+    """The configuration of `"fwd" | "dq" | "dkdv" | "short" | "dbias"`; None where the kernel has none.
+
+    `max_seqlen` counts only by bucket: lengths change from batch to batch, configurations are compiled.
+    """
+    table = _CONFIGS if itemsize == 2 else _CONFIGS_32
+    entry = table[kernel].get(padded_head_dim(head_dim))
+    if entry is None:
+        return None
+    config = Config(*entry)
+    if kernel == "short":
+        if max_seqlen > config.block_m:
+            return None
+        if max_seqlen <= 64:
+            return config._replace(block_m=64, warps=4)
+        if max_seqlen <= 128:
+            return config._replace(block_m=128)
+    elif max_seqlen <= 64 and kernel != "dbias":  # text-only batches: half of a 128-row tile would idle
+        long = max(config.block_m, config.block_n) > 64
+        config = Config(min(config.block_m, 64), min(config.block_n, 64), 4 if long else config.warps, config.stages)
+    return config
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seqs,
+    bias: Optional,
+    causal: bool,
+    prefix: Optional,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.shared_attention.forward`; dead rows of both results are left unset."""
+    tokens, heads, head_dim = q.shape
+    batch = seqs.cu_seqlens.shape[0] - 1
+    o = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+    if tokens == 0 or batch == 0:
+        return o, lse
+    q, k, v = (_rows_contiguous(t) for t in (q, k, v))
+    bias = None if bias is None else _rows_contiguous(bias)
+    config = config_for("fwd", q.element_size(), head_dim, seqs.max_seqlen)
+    tiles, tiles_per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
+    align, strides = _strides(q, k, v)
+    with torch.cuda.device_of(q):
+        attention_fwd_kernel[(tiles * heads,)](
+            q, k, v, o, lse, seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix),
+            _score_scale(scale, bias), batch, tokens, tiles_per_sample, *strides, *_bias_strides(bias),
+            HAS_BIAS=bias is not None,
+            **_constants(q, k, align, causal, prefix),
+            **_launch(config),
+        )  # fmt: skip
+    return o, lse
+
+
+def backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    seqs,
+    bias: Optional,
+    causal: bool,
+    prefix: Optional,
+    scale: float,
+    need_dbias: bool,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> Optional:
+    """See `reference.shared_attention.backward`."""
+    tokens, heads, head_dim = q.shape
+    batch = seqs.cu_seqlens.shape[0] - 1
+    if tokens == 0 or batch == 0:
+        for grad in out:
+            grad.zero_()
+        return torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device) if need_dbias else None
+    q, k, v = (_rows_contiguous(t) for t in (q, k, v))
+    do, o, lse = do.contiguous(), o.contiguous(), lse.contiguous()
+    bias = None if bias is None else _rows_contiguous(bias)
+    # The kernels need unit stride in the last dimension; a caller's other layout is served by a copy.
+    grads = tuple(t if _unit_stride(t) else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in out)
+    delta = torch.empty_like(lse)
+    align, strides = _strides(q, k, v, *grads)
+    constants = _constants(q, k, align, causal, prefix)
+    tables = (seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix))
+    factors = (scale, _score_scale(scale, bias), batch, tokens)
+    pick = (q.element_size(), head_dim, seqs.max_seqlen)
+    short = config_for("short", *pick) if k.shape[1] == heads else None
+    dbias = None
+    with torch.cuda.device_of(q):
+        if short is not None:
+            attention_short_bwd_kernel[(batch * heads,)](
+                q, k, v, o, do, lse, delta, *grads, *tables, *factors, *strides, *_bias_strides(bias),
+                HAS_BIAS=bias is not None,
+                **{name: value for name, value in constants.items() if name != "GROUP"},
+                **_launch(short),
+            )  # fmt: skip
+        else:
+            config = config_for("dq", *pick)
+            tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
+            attention_dq_kernel[(tiles * heads,)](
+                q, k, v, o, do, lse, delta, *grads, *tables, *factors, per_sample, *strides, *_bias_strides(bias),
+                HAS_BIAS=bias is not None,
+                **constants,
+                **_launch(config),
+            )  # fmt: skip
+            config = config_for("dkdv", *pick)
+            tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_n)
+            attention_dkdv_kernel[(tiles * k.shape[1],)](
+                q, k, v, do, lse, delta, *grads[1:], *tables, *factors, per_sample,
+                *strides[:6], *strides[8:], *_bias_strides(bias),
+                HAS_BIAS=bias is not None,
+                **constants,
+                **_launch(config),
+            )  # fmt: skip
+        if need_dbias:
+            dbias = _bias_gradient(q, k, v, do, lse, delta, seqs, bias, causal, prefix, scale)
+    for given, grad in zip(out, grads, strict=True):
+        if given is not grad:
+            given.copy_(grad)
+    return dbias
+
+
+def _bias_gradient(q, k, v, do, lse, delta, seqs, bias, causal, prefix, scale) -> torch.Tensor:
+    tokens, heads, head_dim = q.shape
+    batch, length = seqs.cu_seqlens.shape[0] - 1, bias.shape[-1]
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    if length == 0:
+        return dbias
+    inverse = torch.full((batch, length), -1, dtype=torch.int32, device=q.device)
+    row_of_position_kernel[(batch,)](inverse, seqs.cu_seqlens, seqs.rows, seqs.positions, length, BLOCK=256)
+    config = config_for("dbias", q.element_size(), head_dim, seqs.max_seqlen)
+    align, strides = _strides(q, k, v)
+    tiles = triton.cdiv(length, config.block_m) * triton.cdiv(length, config.block_n)
+    attention_dbias_kernel[(tiles * heads,)](
+        q, k, v, do, lse, delta, dbias, inverse, bias, _prefix(causal, prefix),
+        scale, batch, tokens, length, *strides, *_bias_strides(bias),
+        **_constants(q, k, align, causal, prefix),
+        **_launch(config),
+    )  # fmt: skip
+    return dbias
+
+
+def _unit_stride(t: torch.Tensor) -> bool:
+    return t.stride(-1) == 1
+
+
+def _rows_contiguous(t: torch.Tensor) -> torch.Tensor:
+    return t if _unit_stride(t) else t.contiguous()
+
+
+def _tiles(tokens: int, batch: int, max_seqlen: int, block: int) -> tuple[int, int]:
+    """Number of tiles and tiles per sample, 0 where samples own tiles by length (`locate_tile`)."""
+    per_sample = max(triton.cdiv(max_seqlen, block), 1)
+    by_length = tokens // block + batch
+    return (batch * per_sample, per_sample) if batch * per_sample <= by_length else (by_length, 0)
+
+
+def _strides(*tensors: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """Greatest common power of two (at most 16) of all token and head strides, and the strides over it."""
+    strides = [s for t in tensors for s in t.stride()[:2]]
+    align = math.gcd(16, *strides)
+    return align, tuple(s // align for s in strides)
+
+
+def _bias_strides(bias: Optional) -> tuple[int, int]:
+    return (0, 0) if bias is None else bias.stride()[:2]
+
+
+def _prefix(causal: bool, prefix: Optional) -> Optional:
+    return prefix if causal else None
+
+
+def _score_scale(scale: float, bias: Optional) -> float:
+    return scale * LOG2E if bias is None else scale
+
+
+def _constants(q, k, align: int, causal: bool, prefix: Optional) -> dict:
+    _, heads, head_dim = q.shape
+    exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return dict(
+        H=heads, GROUP=heads // k.shape[1], DH=head_dim, DHP=padded_head_dim(head_dim), ALIGN=align,
+        CAUSAL=causal, HAS_PREFIX=causal and prefix is not None, PRECISION="ieee" if exact else "tf32",
+    )  # fmt: skip
+
+
+def _launch(config: Config) -> dict:
+    return dict(
+        BM=config.block_m, BN=config.block_n, STAGES=config.stages,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""`mome_block`: one pre-norm transformer block with modality experts, on packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlmo_kernels.layout import Experts, ModalityLayout
+
+from .routed_ffn import routed_ffn
+from .routed_linear import routed_linear
+from .routed_norm import routed_norm
+from .shared_attention import RelativePositionBias, shared_attention
+
+Tensors = Sequence[torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class MoMEBlockParams:
+    """Weights of one block. Every list has one entry per expert; a list of one entry is shared by all.
+
+    Attributes:
+        heads: number of attention heads `H`.
+        norm1, norm2: weights and biases `[D]` of the norms before attention and feed-forward network.
+        qkv: weights `[3D, D]` and biases `[3D]` of the query, key and value projection.
+        proj: weights `[D, D]` and biases `[D]` of the output projection.
+        w1, b1, w2, b2: the feed-forward networks, see `routed_ffn`.
+        gamma1, gamma2: LayerScale `[D]` of the two branches.
+        experts: modality or group to expert, for every list with several entries.
+        activation: of the feed-forward networks.
+        norm_kind: see `routed_norm`.
+        eps: of the norms.
+    """
+
+    heads: int
+    norm1: tuple[Tensors, Tensors]
+    qkv: tuple[Tensors, Tensors]
+    proj: tuple[Tensors, Tensors]
+    norm2: tuple[Tensors, Tensors]
+    w1: Tensors
+    b1: Tensors
+    w2: Tensors
+    b2: Tensors
+    gamma1: Tensors = (None,)
+    gamma2: Tensors = (None,)
+    experts: Experts | None = None
+    activation: str = "gelu"
+    norm_kind: str = "layer"
+    eps: float = 1e-6
+
+    def map_for(self, entries: Tensors) -> Experts | None:
+        """The expert map of a list: None where one entry serves everybody."""
+        return self.experts if len(entries) > 1 else None
+
+
+def mome_block(
+    x: torch.Tensor,
+    params: MoMEBlockParams,
+    layout: ModalityLayout,
+    *,
+    bias: torch.Tensor | RelativePositionBias | None = None,
+    causal: bool = False,
+    prefix: torch.Tensor | None = None,
+    row_scale1: torch.Tensor | None = None,
+    row_scale2: torch.Tensor | None = None,
+    recompute: str = "activation",
+    impl: str = "auto",
+) -> torch.Tensor:
+    """`x += gamma1 * attention(norm1(x))`, then `x += gamma2 * ffn[e](norm2[e](x))` (VLMo, section 3.1).
+
+    Args:
+        x: `[T, D]` packed rows, the residual stream; any floating dtype under autocast.
+        params: the weights.
+        layout: the plan of the batch.
+        bias, causal, prefix: see `shared_attention`.
+        row_scale1, row_scale2: fp32 `[T]`, DropPath's factors of the two branches.
+        recompute: see `routed_ffn`.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        `[T, D]` in the dtype of `x`.
+    """
+    p = params
+    width = x.shape[1]
+
+    def norm(entries: tuple[Tensors, Tensors], x: torch.Tensor) -> torch.Tensor:
+        experts = p.map_for(entries[0])
+        return routed_norm(x, *entries, layout, experts, kind=p.norm_kind, eps=p.eps, impl=impl)
+
+    qkv = routed_linear(norm(p.norm1, x), *p.qkv, layout, p.map_for(p.qkv[0]), impl=impl)
+    qkv = qkv.view(-1, 3, p.heads, width // p.heads)
+    o = shared_attention(qkv, None, None, layout, bias=bias, causal=causal, prefix=prefix, impl=impl)
+    gamma1 = list(p.gamma1) * (len(p.proj[0]) // len(p.gamma1))
+    x = routed_linear(
+        o.view(-1, width), *p.proj, layout, p.map_for(p.proj[0]),
+        gamma=gamma1, residual=x, row_scale=row_scale1, impl=impl,
+    )  # fmt: skip
+    gamma2 = list(p.gamma2) * (len(p.w1) // len(p.gamma2))
+    return routed_ffn(
+        norm(p.norm2, x), p.w1, p.b1, p.w2, p.b2, layout, p.map_for(p.w1), activation=p.activation,
+        gamma=gamma2, residual=x, row_scale=row_scale2, recompute=recompute, impl=impl,
+    )  # fmt: skip

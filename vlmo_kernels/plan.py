@@ -1,0 +1,83 @@
+"""The plan of one batch, computed on the device from modality ids: plain torch, no host synchronisation."""
+
+from __future__ import annotations
+
+import torch
+
+from .runtime.library import define
+
+define("plan(Tensor ids, int modalities) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+
+
+def group_count(modalities: int) -> int:
+    """Two groups a modality: its tokens in samples of its own, and in samples that mix modalities."""
+    return 2 * modalities
+
+
+def group_of(modality: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """Group index of a token.
+
+    The first modality's groups are ordered (alone, mixed), all others' (mixed, alone): with two
+    modalities the mixed groups are neighbours, so an expert for both is one row range.
+    """
+    second = torch.where(modality == 0, mixed, ~mixed)
+    return 2 * modality + second.to(modality.dtype)
+
+
+def plan(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...]:
+    """Tables of a batch whose padded size is `B * N`; static shapes, rows past the last group are dead.
+
+    A registered op (`vlmo_kernels::plan`), so a compiled model that plans in every block plans once.
+
+    Args:
+        ids: integer `[B, N]`, the modality of every token, -1 for padding.
+        modalities: number of modalities.
+
+    Returns:
+        int32 `cu_seqlens [B + 1]`, `rows [B*N]`, `positions [B*N]`, `sample_of_row [B*N]`,
+        `group_offsets [2 * modalities + 1]`, `row_of_token [B*N]` (-1 for padding).
+    """
+    return torch.ops.vlmo_kernels.plan(ids, modalities)
+
+
+def plan_in_torch(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...]:
+    batch, length = ids.shape
+    groups = group_count(modalities)
+    ids = ids.long()
+    token = torch.arange(batch * length, device=ids.device)
+    present = torch.stack([(ids == m).any(1) for m in range(modalities)], 1)
+    mixed = present.sum(1) > 1
+    group = torch.where(ids >= 0, group_of(ids.clamp(min=0), mixed[:, None].expand_as(ids)), groups)
+    group = group.reshape(-1)
+
+    token_of_row = torch.argsort(group, stable=True)  # groups in order, padding last
+    row_of_token = torch.empty_like(token)
+    row_of_token[token_of_row] = token
+    live = group < groups
+    token_in_order = torch.argsort((~live).to(torch.int8), stable=True)  # samples in order, padding last
+    counts = (group[None, :] == torch.arange(groups, device=ids.device)[:, None]).sum(1)
+    dead_row = group[token_of_row] == groups
+    sample = torch.where(dead_row, -1, token_of_row // max(length, 1))
+
+    def offsets(sizes: torch.Tensor) -> torch.Tensor:
+        return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+    tables = (
+        offsets(live.view(batch, length).sum(1)),
+        row_of_token[token_in_order],
+        token_of_row % max(length, 1),
+        sample,
+        offsets(counts),
+        torch.where(live, row_of_token, -1),
+    )
+    return tuple(table.to(torch.int32) for table in tables)
+
+
+def _plan_meta(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...]:
+    batch, length = ids.shape
+    sizes = (batch + 1, *(batch * length,) * 3, group_count(modalities) + 1, batch * length)
+    return tuple(ids.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+torch.library.impl("vlmo_kernels::plan", "CompositeExplicitAutograd")(plan_in_torch)
+torch.library.register_fake("vlmo_kernels::plan")(_plan_meta)

@@ -1,0 +1,149 @@
+"""Which implementation of an op runs, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+IMPLEMENTATIONS = ("triton", "cpu", "reference")
+_FOLDER = {"triton": "kernels", "cpu": "cpu", "reference": "reference"}
+_explaining: ContextVar[bool] = ContextVar("explaining", default=False)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `vlmo_kernels.explain` answers.
+
+    Attributes:
+        op: name of the op.
+        chosen: the implementation that runs, or None if none can.
+        rejected: implementation to the reason why it does not run.
+    """
+
+    op: str
+    chosen: str | None
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen or 'no implementation can run'}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected.items()])
+
+
+class _Explained(Exception):
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+@dataclass(frozen=True)
+class Request:
+    """The properties of a call that decide which implementation can take it."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    features: frozenset[str] = frozenset()
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not_triton(request: Request) -> str | None:
+    if request.device.type != "cuda" and not interpreting():
+        return f"needs a CUDA device (or TRITON_INTERPRET=1), got {request.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if request.device.type == "cuda" and torch.cuda.get_device_capability(request.device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no kernels for {request.dtype}"
+    return None
+
+
+def _why_not_cpu(request: Request) -> str | None:
+    if request.device.type != "cpu":
+        return f"needs CPU tensors, got {request.device.type}"
+    return load(request.op, "cpu").why_not(request)
+
+
+_WHY_NOT = {"triton": _why_not_triton, "cpu": _why_not_cpu, "reference": lambda request: None}
+
+
+def load(op: str, implementation: str):
+    """The module of one implementation of one op, with `forward` and `backward`."""
+    return importlib.import_module(f"vlmo_kernels.{_FOLDER[implementation]}.{op}")
+
+
+def _explanation(request: Request, impl: str) -> Explanation:
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"{request.op}: `impl` must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl != "auto":
+        why = _WHY_NOT[impl](request)
+        rejected = {name: "another was asked for" for name in IMPLEMENTATIONS if name != impl}
+        return Explanation(request.op, None, {impl: why}) if why else Explanation(request.op, impl, rejected)
+    rejected: dict[str, str] = {}
+    # The interpreter proves kernels; it is far too slow to be anybody's default.
+    candidates = ("triton",) if request.device.type != "cpu" else ("cpu", "reference")
+    for name in IMPLEMENTATIONS:
+        if name in candidates:
+            why = _WHY_NOT[name](request)
+            if why is None:
+                later = IMPLEMENTATIONS[IMPLEMENTATIONS.index(name) + 1 :]
+                rejected |= {other: f"{name} comes first" for other in later}
+                return Explanation(request.op, name, rejected)
+            rejected[name] = why
+        else:
+            rejected[name] = _WHY_NOT[name](request) or f"never chosen by itself on {request.device.type}"
+    return Explanation(request.op, None, rejected)
+
+
+def select(request: Request, impl: str) -> str:
+    """The implementation to run.
+
+    Raises:
+        RuntimeError: none can; the message names the reasons and the ways out.
+    """
+    explanation = _explanation(request, impl)
+    if not torch.compiler.is_compiling() and _explaining.get():
+        raise _Explained(explanation)
+    if explanation.chosen is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in explanation.rejected.items())
+        raise RuntimeError(
+            f"{request.op}: no implementation can run impl={impl!r} on {request.device} in {request.dtype} "
+            f"({reasons}). Hint: impl='reference' runs anywhere, slowly"
+        )
+    return explanation.chosen
+
+
+def explain(op: str, *args, **kwargs) -> Explanation:
+    """Which implementation of `op` would run for these arguments, and why the others would not.
+
+    The arguments are checked as in a call; nothing is computed.
+
+    Args:
+        op: name of a public op, for example "routed_ffn".
+        *args, **kwargs: what the op would be called with.
+
+    Example:
+        >>> print(explain("routed_linear", x, weights, biases, layout))  # doctest: +SKIP
+        routed_linear: cpu
+          not triton: needs a CUDA device (or TRITON_INTERPRET=1), got cpu
+          not reference: cpu comes first
+    """
+    ops = importlib.import_module("vlmo_kernels.ops")
+    if op not in ops.__all__:
+        raise ValueError(f"explain: `op` must be one of {', '.join(ops.__all__)}, got {op!r}")
+    token = _explaining.set(True)
+    try:
+        getattr(ops, op)(*args, **kwargs)
+    except _Explained as found:
+        return found.explanation
+    finally:
+        _explaining.reset(token)
+    raise RuntimeError(f"explain: {op} asked for no implementation")
