@@ -115,6 +115,10 @@ def _breaches(row: AuditRow, case: AuditCase, has_16_bit_dot: bool) -> Iterable[
         yield "16-bit tl.dot without a warp-group matrix instruction"
 
 
+def _has_16_bit_dot(ttir: str) -> bool:
+    return re.search(r"tt\.dot .*:\s*tensor<[0-9x]+x(bf16|f16)\b", ttir) is not None
+
+
 def _audit_job(job: tuple[str, int, int]) -> AuditRow:
     module, index, arch = job
     return audit_case(importlib.import_module(module).audit_cases()[index], arch)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from .plan import group_count, plan
+from .plan import as_ints, group_count, ids_of_runs, modality_names, plan
+from .rows import gather_rows
 from .runtime.check import checks_on_device
 from .runtime.route import Route
 from .runtime.sequences import Sequences
-from .rows import gather_rows
 
 Runs = Sequence[Sequence[tuple[str, int]]]
 Experts = Mapping[str, int]
@@ -80,8 +80,10 @@ class ModalityLayout:
             torch.Size([404])
         """
         if not lengths:
-            raise ValueError("ModalityLayout.from_lengths: `lengths` must name at least one modality, got none")
-        listed = {m: _as_ints(m, n) for m, n in lengths.items()}
+            raise ValueError(
+                "ModalityLayout.from_lengths: `lengths` must name at least one modality, got none"
+            )
+        listed = {m: as_ints(m, n) for m, n in lengths.items()}
         sizes = {len(n) for n in listed.values() if not isinstance(n, int)}
         if len(sizes) > 1:
             given = {m: len(n) for m, n in listed.items() if not isinstance(n, int)}
@@ -112,18 +114,11 @@ class ModalityLayout:
 
         Raises:
             ValueError: a negative length, an unknown modality, or starts that make positions collide.
+            TypeError: a length that is no integer.
         """
-        names = _modality_names(modalities, runs)
-        ids, positions = [], []
-        for b, sample in enumerate(runs):
-            sample_ids, sample_positions = _sample_tokens(b, sample, names, starts)
-            ids.append(sample_ids)
-            positions.append(sample_positions)
-        length = max((int(p.max()) + 1 for p in positions if p.numel()), default=0)
-        padded = torch.full((len(runs), length), -1, dtype=torch.int64)
-        for b, (sample_ids, sample_positions) in enumerate(zip(ids, positions, strict=True)):
-            padded[b, sample_positions] = sample_ids
-        return cls._from_host_ids(padded, names, device)
+        used = tuple(dict.fromkeys(m for sample in runs for m, _ in sample))
+        names = modality_names(used if modalities is None else modalities)
+        return cls._from_host_ids(ids_of_runs(runs, names, starts), names, device)
 
     @classmethod
     def from_modality_ids(
@@ -144,6 +139,7 @@ class ModalityLayout:
             ValueError: wrong shapes or devices; ids out of range when they are on the host (on a device
                 only with `VLMO_KERNELS_CHECK=1`).
         """
+        modalities = modality_names(modalities)
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(
                 f"ModalityLayout.from_modality_ids: `ids` must be integer [B, N], got {ids.dtype} {list(ids.shape)}"
@@ -158,9 +154,9 @@ class ModalityLayout:
         if checks_on_device(ids) and ids.numel() and int(ids.max()) >= len(modalities):
             raise ValueError(
                 f"ModalityLayout.from_modality_ids: ids must be below {len(modalities)} (modalities "
-                f"{tuple(modalities)}), got {int(ids.max())}"
+                f"{modalities}), got {int(ids.max())}"
             )
-        return cls._from_tables(plan(ids, len(modalities)), ids.shape, tuple(modalities))
+        return cls._from_tables(plan(ids, len(modalities)), ids.shape, modalities)
 
     @classmethod
     def from_split(
@@ -192,9 +188,7 @@ class ModalityLayout:
         return cls.from_modality_ids(ids, mask, modalities=modalities)
 
     @classmethod
-    def from_xformers(
-        cls, attn_bias, ids: torch.Tensor, *, modalities: Sequence[str]
-    ) -> ModalityLayout:
+    def from_xformers(cls, attn_bias, ids: torch.Tensor, *, modalities: Sequence[str]) -> ModalityLayout:
         """From an xformers `BlockDiagonalMask` and the modality id of every token of its packed sequence.
 
         Args:
@@ -219,7 +213,7 @@ class ModalityLayout:
         padded = torch.full((len(lengths), max(lengths, default=0)), -1, dtype=torch.int64)
         for b, n in enumerate(lengths):
             padded[b, :n] = ids[bounds[b] : bounds[b] + n]
-        return cls._from_host_ids(padded, tuple(modalities), device)
+        return cls._from_host_ids(padded, modality_names(modalities), device)
 
     @classmethod
     def _from_host_ids(cls, ids: torch.Tensor, names: tuple[str, ...], device) -> ModalityLayout:
@@ -270,13 +264,13 @@ class ModalityLayout:
                 f"ModalityLayout.pack_padded: `x` must start with [{self.batch}, {self.max_seqlen}], "
                 f"got {list(x.shape)}"
             )
-        flat = x.reshape(self.batch * self.max_seqlen, -1)
+        flat = x.flatten(0, 1).flatten(1) if x.dim() > 2 else x.reshape(-1, 1)
         return gather_rows(flat, self.token_of_row(), self.row_of_token).view(self.tokens, *x.shape[2:])
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """Packed `[T, ...]` to `[B, N, ...]`, each token at its position; padding is zero. Differentiable."""
         self._check_rows("unpack", x)
-        flat = x.reshape(self.tokens, -1)
+        flat = x.flatten(1) if x.dim() > 1 else x[:, None]
         padded = gather_rows(flat, self.row_of_token, self.token_of_row())
         return padded.view(self.batch, self.max_seqlen, *x.shape[1:])
 
@@ -317,7 +311,9 @@ class ModalityLayout:
             pieces.append(part)
             sources.append(index + base)
             base += part.shape[0]
-        return torch.cat(pieces)[torch.cat(sources)]
+        live = torch.cat(pieces)[torch.cat(sources)]
+        dead = live.new_zeros(self.tokens - live.shape[0], *live.shape[1:])
+        return torch.cat([live, dead]) if len(dead) else live
 
     def unpack_modalities(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Packed `[T, ...]` to one `[tokens of the modality, ...]` tensor each, sample after sample."""
@@ -372,7 +368,11 @@ class ModalityLayout:
 
     def _segments(self, experts: Experts | None, count: int) -> tuple[tuple[int, int, int], ...]:
         if experts is None:
-            experts = {m: i for i, m in enumerate(self.modalities)} if count > 1 else {m: 0 for m in self.modalities}
+            experts = (
+                {m: i for i, m in enumerate(self.modalities)}
+                if count > 1
+                else {m: 0 for m in self.modalities}
+            )
         names = self.groups
         unknown = set(experts) - set(names) - set(self.modalities)
         if unknown:
@@ -384,7 +384,9 @@ class ModalityLayout:
             modality = name.rpartition(".")[0]
             expert = experts.get(name, experts.get(modality))
             if expert is None:
-                raise ValueError(f"experts: every modality needs an expert, none for {name!r} in {dict(experts)}")
+                raise ValueError(
+                    f"experts: every modality needs an expert, none for {name!r} in {dict(experts)}"
+                )
             if not 0 <= expert < count:
                 raise ValueError(f"experts: {name!r} must map to 0..{count - 1}, got {expert}")
             if segments and segments[-1][2] == expert:
@@ -466,48 +468,6 @@ class ModalityLayout:
 
 
 _TABLES = [f.name for f in fields(ModalityLayout) if f.type == "torch.Tensor"]
-
-
-def _as_ints(modality: str, lengths) -> int | list[int]:
-    if isinstance(lengths, torch.Tensor):
-        lengths = lengths.tolist()
-    values = [lengths] if isinstance(lengths, int) else list(lengths)
-    for n in values:
-        if not isinstance(n, int) or isinstance(n, bool):
-            raise TypeError(f"ModalityLayout: lengths of {modality!r} must be integers, got {n!r}")
-        if n < 0:
-            raise ValueError(f"ModalityLayout: lengths of {modality!r} must not be negative, got {n}")
-    return lengths if isinstance(lengths, int) else values
-
-
-def _modality_names(given: Sequence[str] | None, runs: Runs) -> tuple[str, ...]:
-    seen = dict.fromkeys(m for sample in runs for m, _ in sample)
-    names = tuple(seen if given is None else given)
-    if len(set(names)) != len(names) or not names:
-        raise ValueError(f"ModalityLayout: `modalities` must be distinct and not empty, got {names}")
-    if any("." in n for n in names):
-        raise ValueError(f"ModalityLayout: modality names must not contain a dot, got {names}")
-    if set(seen) - set(names):
-        raise ValueError(f"ModalityLayout: runs must use {names}, got {sorted(set(seen) - set(names))}")
-    return names
-
-
-def _sample_tokens(b: int, sample, names: tuple[str, ...], starts: Mapping[str, int] | None):
-    ids, positions, cursor = [], [], 0
-    started: set[str] = set()
-    for modality, length in sample:
-        length = _as_ints(modality, length)
-        if starts and modality in starts and modality not in started:
-            cursor = starts[modality]
-        started.add(modality)
-        ids.append(torch.full((length,), names.index(modality), dtype=torch.int64))
-        positions.append(torch.arange(cursor, cursor + length))
-        cursor += length
-    ids = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
-    positions = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-    if positions.unique().numel() != positions.numel():
-        raise ValueError(f"ModalityLayout: `starts` {dict(starts or {})} make positions collide in sample {b}")
-    return ids, positions
 
 
 assert group_count(1) == 2  # `split` and `_modality_rows` count on two neighbouring groups a modality

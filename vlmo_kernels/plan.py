@@ -1,6 +1,12 @@
-"""The plan of one batch, computed on the device from modality ids: plain torch, no host synchronisation."""
+"""The plan of one batch, computed on the device from modality ids: plain torch, no host synchronisation.
+
+The functions at the end read lengths on the host into modality ids.
+"""
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -81,3 +87,74 @@ def _plan_meta(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...]:
 
 torch.library.impl("vlmo_kernels::plan", "CompositeExplicitAutograd")(plan_in_torch)
 torch.library.register_fake("vlmo_kernels::plan")(_plan_meta)
+
+
+def modality_names(given: Sequence[str]) -> tuple[str, ...]:
+    """The names of a layout's modalities, checked."""
+    if isinstance(given, str):
+        raise TypeError(f"ModalityLayout: `modalities` must be a sequence of names, got the string {given!r}")
+    names = tuple(given)
+    if len(set(names)) != len(names) or not names:
+        raise ValueError(f"ModalityLayout: `modalities` must be distinct and not empty, got {names}")
+    if any("." in n for n in names):
+        raise ValueError(f"ModalityLayout: modality names must not contain a dot, got {names}")
+    return names
+
+
+def as_ints(modality: str, lengths) -> int | list[int]:
+    """A length, or a list of lengths, as Python integers that are not negative."""
+    if isinstance(lengths, torch.Tensor):
+        lengths = lengths.tolist()
+    single = not hasattr(lengths, "__iter__")
+    values = [_as_int(modality, n) for n in ([lengths] if single else lengths)]
+    return values[0] if single else values
+
+
+def _as_int(modality: str, n) -> int:
+    try:
+        value = operator.index(n)
+    except TypeError:
+        value = None
+    if value is None or isinstance(n, bool):
+        raise TypeError(f"ModalityLayout: lengths of {modality!r} must be integers, got {n!r}")
+    if value < 0:
+        raise ValueError(f"ModalityLayout: lengths of {modality!r} must not be negative, got {value}")
+    return value
+
+
+def ids_of_runs(runs, names: tuple[str, ...], starts: Mapping[str, int] | None) -> torch.Tensor:
+    """int64 `[B, N]`: modality of the token at every position of every sample, -1 where there is none."""
+    unknown = set(starts or ()) - set(names)
+    if unknown:
+        raise ValueError(f"ModalityLayout: `starts` must use {names}, got {sorted(unknown)}")
+    if any(start < 0 for start in (starts or {}).values()):
+        raise ValueError(f"ModalityLayout: `starts` must not be negative, got {dict(starts)}")
+    placed = [_placed_runs(b, sample, names, starts or {}) for b, sample in enumerate(runs)]
+    length = max((end for sample in placed for _, _, end in sample), default=0)
+    ids = torch.full((len(placed), length), -1, dtype=torch.int64)
+    for b, sample in enumerate(placed):
+        for modality, start, end in sample:
+            ids[b, start:end] = modality
+    return ids
+
+
+def _placed_runs(
+    b: int, sample, names: tuple[str, ...], starts: Mapping[str, int]
+) -> list[tuple[int, int, int]]:
+    """`(modality, first position, end position)` of the sample's non-empty runs."""
+    placed: list[tuple[int, int, int]] = []
+    cursor, started = 0, set()
+    for modality, length in sample:
+        if modality not in names:
+            raise ValueError(f"ModalityLayout: runs must use {names}, got {modality!r} in sample {b}")
+        length = _as_int(modality, length)
+        if modality not in started:
+            cursor = starts.get(modality, cursor)
+            started.add(modality)
+        if length:
+            placed.append((names.index(modality), cursor, cursor + length))
+        cursor += length
+    in_order = sorted(placed, key=lambda run: run[1])
+    if any(later[1] < earlier[2] for earlier, later in zip(in_order, in_order[1:])):
+        raise ValueError(f"ModalityLayout: `starts` {dict(starts)} make positions collide in sample {b}")
+    return placed

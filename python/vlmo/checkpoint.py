@@ -47,10 +47,10 @@ def load_checkpoint(
 ) -> CheckpointReport:
     """Copy a checkpoint into `model`, in the model's dtypes and on its devices.
 
-    path_or_dict: a .safetensors file, a torch file (read with weights_only=True), or a loaded dict. It may wrap
-    the parameters under "state_dict", "module" or "model", and prefix their names as DeepSpeed, Lightning or
-    torch.compile do. Another image size, a longer text length and a missing third token type are converted as
-    published; the checkpoint is not modified.
+    path_or_dict: a .safetensors file, a torch file (read with weights_only=True), or a loaded dict. It may
+    wrap the parameters under "state_dict", "module" or "model", and prefix their names as DeepSpeed,
+    Lightning or torch.compile do. Another image size, a longer text length and a missing third token type are
+    converted as published; the checkpoint is not modified.
 
     Raises ValueError, before anything is copied, if a shape does not fit, and with strict=True if a parameter
     is missing or a key is foreign.
@@ -84,6 +84,8 @@ def load_checkpoint(
             f"missing in the checkpoint: {_some(missing)}; foreign to the model: {_some(unexpected)}. "
             "Hint: choose config.heads and vlffn_start as the checkpoint has them, or pass strict=False."
         )
+    # A model that came from meta by `to_empty` has garbage there, and no checkpoint to take it from.
+    model.reset_position_indices()
     model.load_state_dict({key: state[key] for key in state if key in expected}, strict=False)
     return CheckpointReport(missing, unexpected, tuple(converted), ignored)
 
@@ -239,7 +241,7 @@ def _cubic_spline_weights(knots: Tensor, points: Tensor) -> Tensor:
     count = len(knots)
     if count < 4:
         raise NotImplementedError(
-            "load_checkpoint: interpolating the bias table needs at least 3 patches a side in the checkpoint, "
+            "load_checkpoint: to be interpolated, a bias table must be of at least 3 patches a side, "
             f"it has {(count + 1) // 2}. Hint: use the checkpoint's image_size."
         )
     h = knots.diff()

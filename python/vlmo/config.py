@@ -74,7 +74,7 @@ class VLMoConfig:
         if self.relative_position_bias and not 2 <= self.max_text_len <= self.text_only_len:
             raise ValueError(
                 f"VLMoConfig: with a bias table, max_text_len must lie in 2..text_only_len="
-                f"{self.text_only_len}, got {self.max_text_len}. Hint: the table has no row for longer distances."
+                f"{self.text_only_len}, got {self.max_text_len}. Hint: the table has no rows beyond."
             )
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"VLMoConfig: drop_path must lie in [0, 1), got {self.drop_path}.")

@@ -33,7 +33,7 @@ class MLMTransform(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """Masked language modelling: [..., dim] to logits [..., vocab]. The decoder is not tied to the embedding."""
+    """Masked language modelling: [..., dim] to logits [..., vocab]. Not tied to the word embeddings."""
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__()

@@ -46,8 +46,8 @@ class VLMo(nn.Module):
     """The model of the paper with the parameter names and shapes of the published checkpoints.
 
     Texts are int64 ids [B, max_text_len] with [CLS] first, and a mask [B, max_text_len], bool or number, true
-    where a token is valid (None: all are). Images are [B, channels, image_size, image_size] in the dtype of the
-    weights, or any under autocast. Heads not in `config.heads` are not there.
+    where a token is valid (None: all are). Images are [B, channels, image_size, image_size] in the dtype of
+    the weights, or any under autocast. Heads not in `config.heads` are not there.
     """
 
     def __init__(self, config: VLMoConfig) -> None:
@@ -151,7 +151,7 @@ class VLMo(nn.Module):
         return self.text_embeddings(text_ids) + self.token_type_embeddings(torch.zeros_like(text_ids))
 
     def embed_image(self, image: Tensor, image_token_type: int = 1) -> Tensor:
-        """Images to the encoder's image input [B, w*w + 1, dim]. image_token_type: 2 is NLVR2's second image."""
+        """Images to the encoder's image input [B, w*w + 1, dim]. Token type 2 is NLVR2's second image."""
         if not 1 <= image_token_type < self.config.num_token_types:
             raise ValueError(
                 f"VLMo: image_token_type must lie in 1..{self.config.num_token_types - 1}, "
@@ -180,9 +180,7 @@ class VLMo(nn.Module):
         x = self._run(torch.cat([text, visual], dim=1), mask, "vl", biases, 0, self.config.depth)
         x = self.transformer.norm(x)
         text_len = text.shape[1]
-        return VLMoOutput(
-            text_feats=x[:, :text_len], image_feats=x[:, text_len:], cls_feats=self.pooler(x)
-        )
+        return VLMoOutput(text_feats=x[:, :text_len], image_feats=x[:, text_len:], cls_feats=self.pooler(x))
 
     def forward(
         self, image: Tensor, text_ids: Tensor, text_mask: Tensor | None = None, image_token_type: int = 1
@@ -255,7 +253,7 @@ class VLMo(nn.Module):
         biases: tuple[Tensor | None, ...],
         with_vl: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """One modality through all layers, and, if asked, through the top layers as "vl"; final norm on both."""
+        """One modality through all layers, `with_vl` again through the top layers as "vl"; both normed."""
         start, depth = self.config.vlffn_start, self.config.depth
         branch = self._run(x, mask, modality_type, biases, 0, start)
         hidden = self.transformer.norm(self._run(branch, mask, modality_type, biases, start, depth))

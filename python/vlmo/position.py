@@ -63,7 +63,7 @@ def text_position_index(
 def text_image_position_index(
     window: int, max_text_len: int, text_only_len: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Table row for every pair of the fusion sequence [text, image]: int64 [N, N], N = text + image tokens."""
+    """Table row for every pair of the fusion sequence [text, image]: int64 [N, N], N tokens in all."""
     text = text_position_index(window, max_text_len, text_only_len, device)
     image = image_position_index(window, device)
     text_to_image = (2 * window - 1) ** 2 + NUM_CLS_ROWS

@@ -108,8 +108,8 @@ class Block(nn.Module):
     """One MoME layer: shared self-attention, then the FFN expert of the modality.
 
     Attributes others may read: `max_text_len`, where a fusion sequence [text, image] splits; `mlp_vl` and
-    `norm2_vl`, None below the first layer with a vision-language expert; `gamma_1` and `gamma_2`, the number 1
-    without LayerScale. gamma_2 is shared by all experts of the layer.
+    `norm2_vl`, None below the first layer with a vision-language expert; `gamma_1` and `gamma_2`, the number
+    1 without LayerScale. gamma_2 is shared by all experts of the layer.
     """
 
     def __init__(self, config: VLMoConfig, layer: int) -> None:

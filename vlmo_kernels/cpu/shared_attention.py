@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from vlmo_kernels.reference import shared_attention as reference
 from vlmo_kernels.runtime.sequences import Sequences

@@ -17,6 +17,7 @@ from .attention_fwd import (
     exp_of,
     head_tile,
     keys_in_reach,
+    load_bias,
     load_head,
     locate_tile,
     scores,
@@ -118,7 +119,7 @@ def attention_dq_kernel(
         rk = token_rows(ROWS, base, jk + BN, n)
         bias = 0.0
         if HAS_BIAS:
-            bias = tl.load(bias_rows + pk[None, :]).to(tl.float32)
+            bias = load_bias(bias_rows, pk)
         s = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         p = exp_of(s + tl.where(jk < n, 0.0, float("-inf"))[None, :] - lse[:, None], HAS_BIAS)
         if CAUSAL:
@@ -192,7 +193,7 @@ def attention_dkdv_kernel(
         if HAS_BIAS:
             # Read along the keys, where the bias is contiguous, then turned in registers.
             bias_rows = BIAS + (h.to(tl.int64) * bias_h + pq.to(tl.int64) * bias_q)[:, None]
-            bias = tl.trans(tl.load(bias_rows + pk[None, :])).to(tl.float32)
+            bias = tl.trans(load_bias(bias_rows, pk))
         st = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         p = exp_of(st - lse[None, :], HAS_BIAS)
         if CAUSAL:
@@ -219,7 +220,8 @@ def attention_short_bwd_kernel(
 ):  # fmt: skip
     """One program per (sample, head) of at most `BM` tokens: dq, dk, dv and DELTA in one pass over the keys.
 
-    Equal numbers of query and key heads only. Scores are transposed, `[BN keys, BM queries]`.
+    Equal numbers of query and key heads only. dK and dV are formed transposed, `[DHP, BN]`: the scores
+    stay `[BM queries, BN keys]` for all five matmuls (with 256 x 32, the transposed scores spill).
     """
     pid = tl.program_id(0)
     b = pid // H
@@ -262,17 +264,17 @@ def attention_short_bwd_kernel(
             pk = tl.load(POSITIONS + here)
         bias = 0.0
         if HAS_BIAS:
-            bias = tl.trans(tl.load(bias_rows + pk[None, :])).to(tl.float32)
-        st = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
+            bias = load_bias(bias_rows, pk)
+        s = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         key_live = jk < n
-        p = exp_of(st + tl.where(key_live, 0.0, float("-inf"))[:, None] - lse[None, :], HAS_BIAS)
+        p = exp_of(s + tl.where(key_live, 0.0, float("-inf"))[None, :] - lse[:, None], HAS_BIAS)
         if CAUSAL:
-            p = tl.where((pk[:, None] <= pq[None, :]) | (pk < seen_by_all)[:, None], p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, input_precision=PRECISION)
-        dq = tl.dot(tl.trans(ds), k, dq, input_precision=PRECISION)
+            p = tl.where((pk[None, :] <= pq[:, None]) | (pk < seen_by_all)[None, :], p, 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        dv = tl.trans(tl.dot(tl.trans(do), p.to(do.dtype), input_precision=PRECISION))
+        dk = tl.trans(tl.dot(tl.trans(q), ds, input_precision=PRECISION))
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         store_head(DK, dk * scale, here, key_live, h, dk_t * ALIGN, dk_h * ALIGN, d, DH)
         store_head(DV, dv, here, key_live, h, dv_t * ALIGN, dv_h * ALIGN, d, DH)
     store_head(DQ, dq * scale, rq, live, h, dq_t * ALIGN, dq_h * ALIGN, d, DH)

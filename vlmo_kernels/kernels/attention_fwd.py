@@ -89,6 +89,17 @@ def keys_in_reach(ROWS, POSITIONS, base, n, reach):
 
 
 @triton.jit
+def load_bias(bias_rows, pk):
+    """The fp32 bias `[queries, keys]` at row pointers `[queries, 1]` and key positions `pk`.
+
+    The hint lays the threads of a warp along the keys, where neighbours mostly are neighbours in memory;
+    without it Triton puts them across rows and every lane reads a sector of its own. Loads stay one
+    element wide, since the alignment of a loaded index is unknown: right for any positions.
+    """
+    return tl.load(tl.max_contiguous(bias_rows + pk[None, :], [1, 2])).to(tl.float32)
+
+
+@triton.jit
 def scores(dot, bias, score_scale, HAS_BIAS: tl.constexpr):
     """Scores in natural units with a bias, in units of log2(e) without: there the factor is free."""
     if HAS_BIAS:
@@ -157,7 +168,7 @@ def attention_fwd_kernel(
         rk = token_rows(ROWS, base, jk + BN, n)
         bias = 0.0
         if HAS_BIAS:
-            bias = tl.load(bias_rows + pk[None, :]).to(tl.float32)
+            bias = load_bias(bias_rows, pk)
         s = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         s += tl.where(jk < n, 0.0, float("-inf"))[None, :]
         if CAUSAL:

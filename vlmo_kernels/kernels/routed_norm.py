@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from ..runtime.audit_case import AuditCase
 from ..runtime.route import Route
+from .norm_bwd import norm_backward, norm_reduce, norm_weight_grad
+from .norm_fwd import norm_forward
 
 Optional = torch.Tensor | None
 
@@ -29,6 +30,9 @@ MAX_COLUMNS = 16384  # one row must fit the registers of one program
 # 4 programs on each of 132 multiprocessors. A constant, so that sums have the same order on every GPU.
 MAX_PARTIALS = 528
 REDUCE_COLUMNS, REDUCE_SLOTS = 64, 32
+# Above this width dx and the two sums of a row spill (940 bytes at 16384): the sums get a kernel of their own.
+FUSED_COLUMNS = 8192
+WEIGHT_GRAD_ROWS, WEIGHT_GRAD_COLUMNS = 16, 128
 
 
 class Config(NamedTuple):
@@ -51,192 +55,6 @@ def config_for(columns: int, backward: bool) -> Config:
         columns=width,
         warps=min(max(4, width // per_warp), 32 if backward else 16),
     )
-
-
-@triton.jit
-def _forward_kernel(
-    x,  # [T, D]
-    residual,  # [T, D] or None
-    weights,  # tuple, per segment: [D] or None
-    biases,  # tuple, per segment: [D] or None
-    offsets,  # int32 [G + 1]
-    y,  # [T, D], contiguous
-    z,  # [T, D], contiguous, or None
-    mean,  # fp32 [T] or None
-    rstd,  # fp32 [T]
-    x_stride,
-    residual_stride,
-    eps,
-    BOUNDS: tl.constexpr,  # first group of every segment, then G
-    KIND: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    first = tl.program_id(0) * ROWS
-    row = first + tl.arange(0, ROWS)
-    row64 = row.to(tl.int64)[:, None]
-    column = tl.arange(0, COLUMNS)
-    in_row = column < D
-    live = row < tl.load(offsets + BOUNDS[len(BOUNDS) - 1])
-    mask = live[:, None] & in_row[None, :]
-    at = row64 * D + column[None, :]
-
-    value = tl.load(x + row64 * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        value += tl.load(residual + row64 * residual_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        # the statistics are those of what is stored, so that backward, which sees only that, agrees
-        stored = value.to(z.dtype.element_ty)
-        tl.store(z + at, stored, mask=mask)
-        value = stored.to(tl.float32)
-    if KIND == "layer":
-        average = tl.sum(value, 1) / D
-        value = tl.where(in_row[None, :], value - average[:, None], 0.0)
-        tl.store(mean + row, average, mask=live)
-    scale = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
-    tl.store(rstd + row, scale, mask=live)
-    normal = value * scale[:, None]
-
-    for s in tl.static_range(len(BOUNDS) - 1):
-        start = tl.load(offsets + BOUNDS[s])
-        end = tl.load(offsets + BOUNDS[s + 1])
-        if (start < first + ROWS) & (end > first):
-            out = normal
-            if weights[s] is not None:
-                weight = tl.load(weights[s] + column, mask=in_row, other=0.0).to(tl.float32)
-                if KIND == "rms1p":
-                    weight += 1.0
-                out = out * weight[None, :]
-            if biases[s] is not None:
-                out += tl.load(biases[s] + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
-            own = (row >= start) & (row < end)
-            tl.store(y + at, out.to(y.dtype.element_ty), mask=own[:, None] & in_row[None, :])
-
-
-@triton.jit(do_not_specialize=["rows", "block"])
-def _backward_kernel(
-    dy,  # [T, D]
-    dz,  # [T, D] or None
-    z,  # [T, D]
-    weights,  # tuple, per segment: [D] or None
-    offsets,  # int32 [G + 1]
-    mean,  # fp32 [T] or None
-    rstd,  # fp32 [T]
-    dx,  # [T, D], contiguous
-    dw_partial,  # fp32 [programs + segments - 1, D] or None
-    db_partial,  # the same
-    dy_stride,
-    dz_stride,
-    z_stride,
-    rows,  # T
-    block,  # rows of one program, a multiple of ROWS
-    BOUNDS: tl.constexpr,
-    NEED_DW: tl.constexpr,  # tuple, per segment
-    NEED_DB: tl.constexpr,
-    KIND: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    first = program * block
-    last = tl.minimum(first + block, rows)
-    column = tl.arange(0, COLUMNS)
-    in_row = column < D
-
-    for s in tl.static_range(len(BOUNDS) - 1):
-        start = tl.maximum(tl.load(offsets + BOUNDS[s]), first)
-        end = tl.minimum(tl.load(offsets + BOUNDS[s + 1]), last)
-        if start < end:
-            if weights[s] is not None:
-                weight = tl.load(weights[s] + column, mask=in_row, other=0.0).to(tl.float32)
-                if KIND == "rms1p":
-                    weight += 1.0
-            dw = tl.zeros((ROWS, COLUMNS), tl.float32)
-            db = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for tile in range(start, end, ROWS):
-                row = tile + tl.arange(0, ROWS)
-                own = row < end
-                mask = own[:, None] & in_row[None, :]
-                row64 = row.to(tl.int64)[:, None]
-                value = tl.load(z + row64 * z_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-                grad = tl.load(dy + row64 * dy_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-                scale = tl.load(rstd + row, mask=own, other=0.0)
-                if KIND == "layer":
-                    value -= tl.load(mean + row, mask=own, other=0.0)[:, None]
-                normal = value * scale[:, None]  # columns past D meet a zero gradient below
-                if NEED_DW[s]:
-                    dw += grad * normal
-                if NEED_DB[s]:
-                    db += grad
-                if weights[s] is not None:
-                    grad = grad * weight[None, :]
-                inner = grad - normal * (tl.sum(grad * normal, 1) / D)[:, None]
-                if KIND == "layer":
-                    inner -= (tl.sum(grad, 1) / D)[:, None]
-                out = inner * scale[:, None]
-                if dz is not None:
-                    out += tl.load(dz + row64 * dz_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-                tl.store(dx + row64 * D + column[None, :], out.to(dx.dtype.element_ty), mask=mask)
-            slot = (program + s).to(tl.int64) * D + column
-            if NEED_DW[s]:
-                tl.store(dw_partial + slot, tl.sum(dw, 0), mask=in_row)
-            if NEED_DB[s]:
-                tl.store(db_partial + slot, tl.sum(db, 0), mask=in_row)
-
-    dead = tl.maximum(tl.load(offsets + BOUNDS[len(BOUNDS) - 1]), first)
-    for tile in range(dead, last, ROWS):
-        row = tile + tl.arange(0, ROWS)
-        at = row.to(tl.int64)[:, None] * D + column[None, :]
-        zero = tl.zeros((ROWS, COLUMNS), dx.dtype.element_ty)
-        tl.store(dx + at, zero, mask=(row < last)[:, None] & in_row[None, :])
-
-
-@triton.jit
-def _segment_sum(partial, first_slot, end_slot, column, D: tl.constexpr, SLOTS: tl.constexpr):
-    """Sum of the slots from `first_slot` to `end_slot` of `partial` `[slots, D]`, for the given columns."""
-    total = tl.zeros((SLOTS, column.shape[0]), tl.float32)
-    for tile in range(first_slot, end_slot, SLOTS):
-        slot = tile + tl.arange(0, SLOTS)
-        mask = (slot < end_slot)[:, None] & (column < D)[None, :]
-        total += tl.load(partial + slot.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit(do_not_specialize=["block"])
-def _reduce_kernel(
-    dw_partial,  # fp32 [slots, D] or None
-    db_partial,  # the same
-    dws,  # tuple, per expert: [D] or None where it is not wanted
-    dbs,  # tuple, per expert
-    offsets,  # int32 [G + 1]
-    block,  # rows of one program of the backward kernel
-    BOUNDS: tl.constexpr,
-    EXPERTS: tl.constexpr,  # expert of every segment
-    D: tl.constexpr,
-    SLOTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    for e in tl.static_range(len(dws)):
-        if tl.program_id(1) == e:
-            dw = tl.zeros((COLUMNS,), tl.float32)
-            db = tl.zeros((COLUMNS,), tl.float32)
-            for s in tl.static_range(len(EXPERTS)):
-                if EXPERTS[s] == e:
-                    start = tl.load(offsets + BOUNDS[s])
-                    end = tl.load(offsets + BOUNDS[s + 1])
-                    first_slot = start // block + s
-                    # an empty segment has no slot
-                    end_slot = tl.where(start < end, (end - 1) // block + s + 1, first_slot)
-                    if dws[e] is not None:
-                        dw += _segment_sum(dw_partial, first_slot, end_slot, column, D, SLOTS)
-                    if dbs[e] is not None:
-                        db += _segment_sum(db_partial, first_slot, end_slot, column, D, SLOTS)
-            if dws[e] is not None:
-                tl.store(dws[e] + column, dw.to(dws[e].dtype.element_ty), mask=column < D)
-            if dbs[e] is not None:
-                tl.store(dbs[e] + column, db.to(dbs[e].dtype.element_ty), mask=column < D)
 
 
 def forward(
@@ -271,7 +89,7 @@ def forward(
         return y, z, mean, rstd
     config = config_for(columns, backward=False)
     with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(rows, config.rows),)](
+        norm_forward[(triton.cdiv(rows, config.rows),)](
             x,
             residual,
             _by_segment(weights, route),
@@ -309,7 +127,7 @@ def backward(
 ) -> tuple[torch.Tensor, list[Optional], list[Optional]]:
     """Gradient of `z` (which is that of `x` and of the residual alike), of the weights and biases.
 
-    One launch, and one more where a weight or bias gradient is wanted.
+    One launch, and one more (two where D > 8192) where a weight or bias gradient is wanted.
 
     Returns:
         dx `[T, D]` in the dtype of `z`, zero in dead rows; per expert dw and db `[D]` in the dtype of the
@@ -329,9 +147,12 @@ def backward(
     dw_partial = z.new_empty(slots, columns, dtype=torch.float32) if any_dw else None
     db_partial = z.new_empty(slots, columns, dtype=torch.float32) if any_db else None
     bounds = _bounds(route)
+    sum_dw = tuple(dws[e] is not None for _, _, e in route.segments)
+    sum_db = tuple(dbs[e] is not None for _, _, e in route.segments)
+    fused, nothing = config.columns <= FUSED_COLUMNS, (False,) * len(route.segments)
     with torch.cuda.device_of(z):
         if rows:
-            _backward_kernel[(programs,)](
+            norm_backward[(programs,)](
                 dy,
                 dz,
                 z,
@@ -348,16 +169,37 @@ def backward(
                 rows,
                 block,
                 BOUNDS=bounds,
-                NEED_DW=tuple(dws[e] is not None for _, _, e in route.segments),
-                NEED_DB=tuple(dbs[e] is not None for _, _, e in route.segments),
+                NEED_DW=sum_dw if fused else nothing,
+                NEED_DB=sum_db if fused else nothing,
                 KIND=kind,
                 D=columns,
                 ROWS=config.rows,
                 COLUMNS=config.columns,
                 num_warps=config.warps,
             )
+        if rows and not fused and (any_dw or any_db):
+            norm_weight_grad[(programs, triton.cdiv(columns, WEIGHT_GRAD_COLUMNS))](
+                dy,
+                z,
+                route.offsets,
+                mean,
+                rstd,
+                dw_partial,
+                db_partial,
+                dy.stride(0),
+                z.stride(0),
+                rows,
+                block,
+                BOUNDS=bounds,
+                NEED_DW=sum_dw,
+                NEED_DB=sum_db,
+                D=columns,
+                ROWS=WEIGHT_GRAD_ROWS,
+                COLUMNS=WEIGHT_GRAD_COLUMNS,
+                num_warps=4,
+            )
         if any_dw or any_db:
-            _reduce_kernel[(triton.cdiv(columns, REDUCE_COLUMNS), len(weights))](
+            norm_reduce[(triton.cdiv(columns, REDUCE_COLUMNS), len(weights))](
                 dw_partial,
                 db_partial,
                 tuple(dws),
@@ -415,10 +257,11 @@ def audit_cases() -> list[AuditCase]:
         (3072, "bf16", "layer"),  # the inner norm of BEiT-3 base
         (4096, "bf16", "rms"),  # CogVLM
         (6144, "bf16", "layer"),
+        (16384, "bf16", "layer"),
         (16384, "bf16", "rms1p"),
     ):
         cases += [_forward_case(columns, dtype, kind), _backward_case(columns, dtype, kind)]
-    return [*cases, _reduce_case(768, "bf16")]
+    return [*cases, _weight_grad_case(16384, "bf16"), _reduce_case(768, "bf16")]
 
 
 _AUDIT_BOUNDS, _AUDIT_SEGMENTS = (0, 1, 3, 4), 3
@@ -449,7 +292,7 @@ def _forward_case(columns: int, dtype: str, kind: str) -> AuditCase:
         constants["mean"] = None
     name = f"routed_norm forward {kind} {dtype} D={columns}"
     strides = ("x_stride", "residual_stride")
-    return AuditCase(_forward_kernel, name, signature, constants, config.warps, 3, divisible=strides)
+    return AuditCase(norm_forward, name, signature, constants, config.warps, 3, divisible=strides)
 
 
 def _backward_case(columns: int, dtype: str, kind: str) -> AuditCase:
@@ -472,8 +315,8 @@ def _backward_case(columns: int, dtype: str, kind: str) -> AuditCase:
     }
     constants = {
         "BOUNDS": _AUDIT_BOUNDS,
-        "NEED_DW": (True,) * _AUDIT_SEGMENTS,
-        "NEED_DB": (layer,) * _AUDIT_SEGMENTS,
+        "NEED_DW": (config.columns <= FUSED_COLUMNS,) * _AUDIT_SEGMENTS,
+        "NEED_DB": (layer and config.columns <= FUSED_COLUMNS,) * _AUDIT_SEGMENTS,
         "KIND": kind,
         "D": columns,
         "ROWS": config.rows,
@@ -486,7 +329,33 @@ def _backward_case(columns: int, dtype: str, kind: str) -> AuditCase:
             constants[name] = None
     name = f"routed_norm backward {kind} {dtype} D={columns}"
     strides = ("dy_stride", "dz_stride", "z_stride")
-    return AuditCase(_backward_kernel, name, signature, constants, config.warps, 3, divisible=strides)
+    return AuditCase(norm_backward, name, signature, constants, config.warps, 3, divisible=strides)
+
+
+def _weight_grad_case(columns: int, dtype: str) -> AuditCase:
+    signature = {
+        "dy": f"*{dtype}",
+        "z": f"*{dtype}",
+        "offsets": "*i32",
+        "mean": "*fp32",
+        "rstd": "*fp32",
+        "dw_partial": "*fp32",
+        "db_partial": "*fp32",
+        "dy_stride": "i32",
+        "z_stride": "i32",
+        "rows": "i32",
+        "block": "i32",
+    }
+    constants = {
+        "BOUNDS": _AUDIT_BOUNDS,
+        "NEED_DW": (True,) * _AUDIT_SEGMENTS,
+        "NEED_DB": (True,) * _AUDIT_SEGMENTS,
+        "D": columns,
+        "ROWS": WEIGHT_GRAD_ROWS,
+        "COLUMNS": WEIGHT_GRAD_COLUMNS,
+    }
+    name = f"routed_norm weight gradient {dtype} D={columns}"
+    return AuditCase(norm_weight_grad, name, signature, constants, 4, 3, divisible=("dy_stride", "z_stride"))
 
 
 def _reduce_case(columns: int, dtype: str) -> AuditCase:
@@ -506,4 +375,4 @@ def _reduce_case(columns: int, dtype: str) -> AuditCase:
         "SLOTS": REDUCE_SLOTS,
         "COLUMNS": REDUCE_COLUMNS,
     }
-    return AuditCase(_reduce_kernel, f"routed_norm reduce {dtype} D={columns}", signature, constants, 4, 3)
+    return AuditCase(norm_reduce, f"routed_norm reduce {dtype} D={columns}", signature, constants, 4, 3)

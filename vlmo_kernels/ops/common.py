@@ -62,7 +62,9 @@ def per_expert(op: str, name: str, values: Weights, count: int) -> list[Optional
     if values is None:
         return [None] * count
     if isinstance(values, torch.Tensor) or not isinstance(values, Sequence):
-        raise TypeError(f"{op}: `{name}` must be a list with one tensor per expert, got {type(values).__name__}")
+        raise TypeError(
+            f"{op}: `{name}` must be a list with one tensor per expert, got {type(values).__name__}"
+        )
     if len(values) != count:
         raise ValueError(f"{op}: `{name}` must have {count} entries, one per expert, got {len(values)}")
     return list(values)
@@ -103,9 +105,7 @@ def check_dtype(op: str, name: str, t: torch.Tensor, dtype: torch.dtype) -> None
         )
 
 
-def check_epilogue(
-    op: str, x: torch.Tensor, width: int, residual: Optional, row_scale: Optional
-) -> None:
+def check_epilogue(op: str, x: torch.Tensor, width: int, residual: Optional, row_scale: Optional) -> None:
     """The residual `[T, width]` and the row scale `[T]` of a fused epilogue."""
     if residual is not None:
         check_shape(op, "residual", residual, (x.shape[0], width), x)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vlmo_kernels.layout import Experts, ModalityLayout
-from vlmo_kernels.runtime.dispatch import Request, load, select
+from vlmo_kernels.runtime.dispatch import Request, implementation, select
 from vlmo_kernels.runtime.ffn_weights import FFNWeights
 from vlmo_kernels.runtime.library import define
 from vlmo_kernels.runtime.route import Route
@@ -83,7 +83,9 @@ def routed_ffn(
     op = "routed_ffn"
     common.check_rows(op, "x", x, layout)
     if activation not in (*PLAIN, *GATED):
-        raise ValueError(f"{op}: `activation` must be one of {', '.join((*PLAIN, *GATED))}, got {activation!r}")
+        raise ValueError(
+            f"{op}: `activation` must be one of {', '.join((*PLAIN, *GATED))}, got {activation!r}"
+        )
     if recompute not in RECOMPUTE:
         raise ValueError(f"{op}: `recompute` must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     weights = _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation)
@@ -136,7 +138,9 @@ def _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation) -
     for name in ("w1", "w2"):
         for e, t in enumerate(getattr(fields, name)):
             if not isinstance(t, torch.Tensor) or t.dim() != 2:
-                raise ValueError(f"{op}: `{name}[{e}]` must be a matrix, got {t if t is None else list(t.shape)}")
+                raise ValueError(
+                    f"{op}: `{name}[{e}]` must be a matrix, got {t if t is None else list(t.shape)}"
+                )
     hidden, width = fields.w1[0].shape[0], fields.w2[0].shape[0]
     shapes = FFNWeights(
         (hidden, x.shape[1]), (hidden,), (width, hidden), (width,), (hidden, x.shape[1]), (hidden,), (width,),
@@ -160,7 +164,7 @@ def _forward(
     x, weights, at, residual, row_scale, offsets, host_offsets, segments, activation, eps, save, impl
 ):  # fmt: skip
     route = Route.from_flat(offsets, host_offsets, segments)
-    y, pre, up = load("routed_ffn", impl).forward(
+    y, pre, up = implementation("routed_ffn", impl, x, activation).forward(
         common.contiguous_rows(x), FFNWeights(*common.decode(weights, at, FIELDS)), route, activation, residual,
         row_scale, eps, save,
     )  # fmt: skip
@@ -203,10 +207,24 @@ def _autograd(ctx, dy, _pre, _up):
 
 
 def _backward(
-    dy, x, weights, at, pre, up, row_scale, offsets, host_offsets, segments, activation, eps, need_dx, need, impl
+    dy,
+    x,
+    weights,
+    at,
+    pre,
+    up,
+    row_scale,
+    offsets,
+    host_offsets,
+    segments,
+    activation,
+    eps,
+    need_dx,
+    need,
+    impl,
 ):
     route = Route.from_flat(offsets, host_offsets, segments)
-    dx, grads = load("routed_ffn", impl).backward(
+    dx, grads = implementation("routed_ffn", impl, x, activation).backward(
         dy.contiguous(), common.contiguous_rows(x), FFNWeights(*common.decode(weights, at, FIELDS)), pre, up, route,
         activation, row_scale, eps, need_dx, FFNWeights(*common.flags(need, at, FIELDS)),
     )  # fmt: skip
@@ -214,7 +232,21 @@ def _backward(
 
 
 def _backward_meta(
-    dy, x, weights, at, pre, up, row_scale, offsets, host_offsets, segments, activation, eps, need_dx, need, impl
+    dy,
+    x,
+    weights,
+    at,
+    pre,
+    up,
+    row_scale,
+    offsets,
+    host_offsets,
+    segments,
+    activation,
+    eps,
+    need_dx,
+    need,
+    impl,
 ):
     grads = [w.new_empty(w.shape if n else 0) for w, n in zip(weights, need, strict=True)]
     return x.new_empty(x.shape if need_dx else 0), grads

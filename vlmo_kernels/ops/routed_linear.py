@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vlmo_kernels.layout import Experts, ModalityLayout
-from vlmo_kernels.runtime.dispatch import Request, load, select
+from vlmo_kernels.runtime.dispatch import Request, implementation, select
 from vlmo_kernels.runtime.library import define
 from vlmo_kernels.runtime.route import Route
 
@@ -89,7 +89,9 @@ def routed_linear(
 def _forward(x, weights, at, residual, row_scale, offsets, host_offsets, segments, impl):
     route = Route.from_flat(offsets, host_offsets, segments)
     x = common.contiguous_rows(x)
-    return load("routed_linear", impl).forward(x, *common.decode(weights, at, FIELDS), route, residual, row_scale)
+    return implementation("routed_linear", impl, x).forward(
+        x, *common.decode(weights, at, FIELDS), route, residual, row_scale
+    )
 
 
 def _forward_meta(x, weights, at, residual, row_scale, offsets, host_offsets, segments, impl):
@@ -116,7 +118,7 @@ def _autograd(ctx, dy):
 
 def _backward(dy, x, weights, at, row_scale, offsets, host_offsets, segments, need_dx, need, impl):
     route = Route.from_flat(offsets, host_offsets, segments)
-    dx, *grads = load("routed_linear", impl).backward(
+    dx, *grads = implementation("routed_linear", impl, x).backward(
         dy.contiguous(), common.contiguous_rows(x), *common.decode(weights, at, FIELDS), route, row_scale,
         need_dx, *common.flags(need, at, FIELDS),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vlmo_kernels.layout import Experts, ModalityLayout
-from vlmo_kernels.runtime.dispatch import Request, load, select
+from vlmo_kernels.runtime.dispatch import Request, implementation, select
 from vlmo_kernels.runtime.library import define
 from vlmo_kernels.runtime.route import Route
 
@@ -88,7 +88,7 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _forward(x, residual, weights, at, offsets, host_offsets, segments, kind, eps, impl):
     route = Route.from_flat(offsets, host_offsets, segments)
-    y, z, mean, rstd = load("routed_norm", impl).forward(
+    y, z, mean, rstd = implementation("routed_norm", impl, x, kind).forward(
         common.contiguous_rows(x), residual, *common.decode(weights, at, FIELDS), route, kind, eps
     )
     return y, (common.absent(x) if z is None else z), (common.absent(rstd) if mean is None else mean), rstd
@@ -128,7 +128,7 @@ def _autograd(ctx, dy, dz, _mean, _rstd):
 
 def _backward(dy, dz, z, weights, at, mean, rstd, offsets, host_offsets, segments, kind, need, impl):
     route = Route.from_flat(offsets, host_offsets, segments)
-    dx, *grads = load("routed_norm", impl).backward(
+    dx, *grads = implementation("routed_norm", impl, z, kind).backward(
         dy.contiguous(), None if dz is None else dz.contiguous(), common.contiguous_rows(z),
         *common.decode(weights, at, FIELDS), mean if kind == "layer" else None, rstd, route, kind,
         *common.flags(need, at, FIELDS),
@@ -137,7 +137,9 @@ def _backward(dy, dz, z, weights, at, mean, rstd, offsets, host_offsets, segment
 
 
 def _backward_meta(dy, dz, z, weights, at, mean, rstd, offsets, host_offsets, segments, kind, need, impl):
-    return z.new_empty(z.shape), [w.new_empty(w.shape if n else 0) for w, n in zip(weights, need, strict=True)]
+    return z.new_empty(z.shape), [
+        w.new_empty(w.shape if n else 0) for w, n in zip(weights, need, strict=True)
+    ]
 
 
 common.register("routed_norm", _forward, _forward_meta, _setup, _autograd)

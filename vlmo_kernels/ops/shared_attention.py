@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmo_kernels.layout import ModalityLayout
-from vlmo_kernels.runtime.dispatch import Request, load, select
+from vlmo_kernels.runtime.dispatch import Request, implementation, select
 from vlmo_kernels.runtime.library import define
 from vlmo_kernels.runtime.sequences import Sequences
 
@@ -128,7 +128,7 @@ def _check_kv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout
 def _forward(q, k, v, bias, prefix, cu_seqlens, rows, positions, max_seqlen, causal, scale, impl):
     seqs = Sequences(cu_seqlens, rows, positions, max_seqlen)
     q, k, v = (common.contiguous_rows(t) for t in (q, k, v))
-    return load("shared_attention", impl).forward(q, k, v, seqs, bias, causal, prefix, scale)
+    return implementation("shared_attention", impl, q).forward(q, k, v, seqs, bias, causal, prefix, scale)
 
 
 def _forward_meta(q, k, v, bias, prefix, cu_seqlens, rows, positions, max_seqlen, causal, scale, impl):
@@ -158,19 +158,49 @@ def _autograd(ctx, do, _lse):
 
 
 def _backward(
-    do, q, k, v, o, lse, bias, prefix, cu_seqlens, rows, positions, max_seqlen, causal, scale, need_dbias, impl
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    bias,
+    prefix,
+    cu_seqlens,
+    rows,
+    positions,
+    max_seqlen,
+    causal,
+    scale,
+    need_dbias,
+    impl,
 ):
     seqs = Sequences(cu_seqlens, rows, positions, max_seqlen)
     q, k, v = (common.contiguous_rows(t) for t in (q, k, v))
     grads = tuple(t.new_empty(t.shape) for t in (q, k, v))
-    dbias = load("shared_attention", impl).backward(
+    dbias = implementation("shared_attention", impl, q).backward(
         do.contiguous(), q, k, v, o, lse, seqs, bias, causal, prefix, scale, need_dbias, grads
     )
     return *grads, (common.absent(q) if dbias is None else dbias)
 
 
 def _backward_meta(
-    do, q, k, v, o, lse, bias, prefix, cu_seqlens, rows, positions, max_seqlen, causal, scale, need_dbias, impl
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    bias,
+    prefix,
+    cu_seqlens,
+    rows,
+    positions,
+    max_seqlen,
+    causal,
+    scale,
+    need_dbias,
+    impl,
 ):
     dbias = bias.new_empty(bias.shape) if need_dbias else common.absent(q)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
@@ -210,7 +240,7 @@ def _packed_backward(
     seqs = Sequences(cu_seqlens, rows, positions, max_seqlen)
     qkv = common.contiguous_rows(qkv)
     dqkv = qkv.new_empty(qkv.shape)
-    dbias = load("shared_attention", impl).backward(
+    dbias = implementation("shared_attention", impl, qkv).backward(
         do.contiguous(), *qkv.unbind(1), o, lse, seqs, bias, causal, prefix, scale, need_dbias, dqkv.unbind(1)
     )
     return dqkv, (common.absent(qkv) if dbias is None else dbias)

@@ -32,9 +32,7 @@ def forward(
         `[T, N]`, dtype of the residual, else of `x`; rows past the live ones are zero.
     """
     wide = working(x.dtype)
-    y = x.new_zeros(
-        x.shape[0], weights[0].shape[0], dtype=x.dtype if residual is None else residual.dtype
-    )
+    y = x.new_zeros(x.shape[0], weights[0].shape[0], dtype=x.dtype if residual is None else residual.dtype)
     for start, end, e in route.ranges():
         part = x[start:end].to(wide) @ weights[e].to(wide).T
         if biases[e] is not None:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -80,9 +81,19 @@ def load(op: str, implementation: str):
     return importlib.import_module(f"vlmo_kernels.{_FOLDER[implementation]}.{op}")
 
 
+def implementation(op: str, impl: str, x: torch.Tensor, *features: str):
+    """The module that computes an op whose main argument is `x`; compiled code arrives here with "auto"."""
+    if impl == "auto":
+        impl = select(Request(op, x.device, x.dtype, frozenset(features)), impl)
+    return load(op, impl)
+
+
+@cache
 def _explanation(request: Request, impl: str) -> Explanation:
     if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"{request.op}: `impl` must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+        raise ValueError(
+            f"{request.op}: `impl` must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
+        )
     if impl != "auto":
         why = _WHY_NOT[impl](request)
         rejected = {name: "another was asked for" for name in IMPLEMENTATIONS if name != impl}
@@ -104,13 +115,15 @@ def _explanation(request: Request, impl: str) -> Explanation:
 
 
 def select(request: Request, impl: str) -> str:
-    """The implementation to run.
+    """The implementation to run. Under `torch.compile` "auto" stays "auto": the op itself chooses when it runs.
 
     Raises:
         RuntimeError: none can; the message names the reasons and the ways out.
     """
+    if torch.compiler.is_compiling():
+        return impl
     explanation = _explanation(request, impl)
-    if not torch.compiler.is_compiling() and _explaining.get():
+    if _explaining.get():
         raise _Explained(explanation)
     if explanation.chosen is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in explanation.rejected.items())

@@ -1,0 +1,74 @@
+"""`SharedAttention`: multi-head self-attention over all modalities of a sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vlmo_kernels.layout import ModalityLayout
+from vlmo_kernels.ops import RelativePositionBias, routed_linear, shared_attention
+
+
+class SharedAttention(nn.Module):
+    """Multi-head self-attention with the parameter names of VLMo and BEiT.
+
+    Parameters: `qkv.weight` without a bias of its own, `q_bias` and `v_bias` (keys have none: a constant
+    added to every score of a query changes nothing), `proj.*`.
+
+    Args:
+        dim: width `D`.
+        heads: number of heads.
+        qkv_bias: whether `q_bias` and `v_bias` exist.
+        dropout: probability, on the output projection.
+
+    Shape:
+        `[T, D]` to `[T, D]`.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, qkv_bias: bool = True, dropout: float = 0.0, impl: str = "auto"
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"SharedAttention: `dim` must be a multiple of `heads` {heads}, got {dim}")
+        self.heads, self.dropout, self.impl = heads, dropout, impl
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.proj = nn.Linear(dim, dim)
+
+    def qkv_bias(self) -> torch.Tensor | None:
+        """`[3D]`, or None."""
+        if self.q_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        layout: ModalityLayout,
+        *,
+        bias: torch.Tensor | RelativePositionBias | None = None,
+        causal: bool = False,
+        prefix: torch.Tensor | None = None,
+        gamma: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`residual + row_scale * gamma * proj(attention(qkv(x)))`; see `vlmo_kernels.shared_attention`."""
+        width = x.shape[1]
+        qkv = routed_linear(x, [self.qkv.weight], [self.qkv_bias()], layout, impl=self.impl)
+        qkv = qkv.view(-1, 3, self.heads, width // self.heads)
+        o = shared_attention(qkv, None, None, layout, bias=bias, causal=causal, prefix=prefix, impl=self.impl)
+        drop = self.training and self.dropout > 0.0
+        y = routed_linear(
+            o.view(-1, width), [self.proj.weight], [self.proj.bias], layout,
+            gamma=[gamma], residual=None if drop else residual, row_scale=row_scale, impl=self.impl,
+        )  # fmt: skip
+        if drop:  # dropout stands between the branch and the sum, so the fused sum cannot be used
+            y = nn.functional.dropout(y, self.dropout)
+            y = y if residual is None else residual + y
+        return y
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, dropout={self.dropout}, impl={self.impl!r}"

@@ -1,0 +1,8 @@
+"""BEiT-3 (torchscale)."""
+
+
+WHAT = ""
+
+
+def recognises(module) -> bool:
+    return False
