@@ -33,7 +33,7 @@ MATRIX_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA")
 
 
 class AuditRow(NamedTuple):
-    """One kernel, one configuration, one architecture. Sizes in bytes; `breach` is empty where all is well."""
+    """One configuration on one architecture, sizes in bytes; `breach` is empty where all is well."""
 
     kernel: str
     name: str
@@ -199,7 +199,9 @@ def table(rows: Sequence[AuditRow]) -> str:
         lines.append((row.name, str(row.arch), *(str(count) for count in counts), remark))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:-1], widths[1:])), line[-1]])
+        "  ".join(
+            [line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, 8)), line[8]]
+        ).rstrip()
         for line in lines
     )
 

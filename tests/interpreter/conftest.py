@@ -8,17 +8,12 @@ nothing is collected here.
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
-
-root = str(Path(__file__).resolve().parents[2])
-if root not in sys.path:  # `from tests.common ...` and vlmo_kernels, also from a bare checkout
-    sys.path.insert(0, root)
 
 if INTERPRETING:
     from tests.interpreter import bf16_fix
@@ -26,8 +21,11 @@ if INTERPRETING:
     bf16_fix.install()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # the interpreter of Triton 3.6 does so at every `range` over a tensor
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    import torch
-
     torch.manual_seed(0)

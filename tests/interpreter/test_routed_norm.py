@@ -167,9 +167,12 @@ def test_widths(columns: int, kind: str, dtype: torch.dtype) -> None:
     compare(Case("three experts", columns, dtype, kind, residual=dtype))
 
 
-@pytest.mark.parametrize("columns", [3000, 8192, 9000, 16384])
-def test_wide_rows(columns: int) -> None:
-    compare(Case("dead rows", columns, torch.bfloat16, "layer", residual=torch.float32))
+@pytest.mark.parametrize(
+    ("columns", "kind"), [(3000, "layer"), (8192, "rms"), (9000, "layer"), (16384, "rms1p")]
+)
+def test_wide_rows(columns: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routed_norm, "MAX_PARTIALS", 2)  # the interpreter's time goes by programs
+    compare(Case("dead rows", columns, torch.bfloat16, kind, residual=torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -209,15 +212,12 @@ def test_frozen_experts_get_none() -> None:
             assert grad is None
 
 
-@pytest.mark.parametrize("columns", [37, 9000])
-def test_many_blocks_a_program(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("partials", [1, 2, 5])
+def test_many_tiles_a_program(partials: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that own many tiles, cross several segments, or lie in dead rows altogether."""
-    for partials in (1, 2, 5):
-        monkeypatch.setattr(routed_norm, "MAX_PARTIALS", partials)
-        for route in ("three experts", "dead rows", "unused expert"):
-            compare(Case(route, columns, torch.float32, "layer"), forward=False)
-        if columns > 1000:
-            break
+    monkeypatch.setattr(routed_norm, "MAX_PARTIALS", partials)
+    for route in ("three experts", "dead rows", "unused expert"):
+        compare(Case(route, 600, torch.float32, "layer"), forward=False)
 
 
 def test_strided_rows_and_expanded_gradients() -> None:

@@ -1,6 +1,8 @@
-"""CPU `shared_attention`: torch's flash attention, samples of equal length together, no padding."""
+"""CPU `shared_attention`: torch's flash attention, sample by sample, no padding."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -29,21 +31,24 @@ def forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `vlmo_kernels.reference.shared_attention.forward`."""
-    o = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for rows, samples in _by_length(seqs):
-        qs, ks, vs = (_gather(t, rows, q.shape[1]) for t in (q, k, v))
-        mask = _mask(rows, samples, seqs, bias, causal, prefix, q.dtype)
-        os, peak = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            qs, ks, vs, 0.0, False, attn_mask=mask, scale=scale
+    order = _order(seqs)
+    masks = _Masks.build(order, bias, causal, prefix, q.dtype)
+    parts = _gather(order, q.shape[1], q, k, v)
+    o = q.new_empty(order.rows.shape[0], *q.shape[1:])  # sample-major
+    lse = torch.empty(q.shape[1], o.shape[0], dtype=torch.float32)
+    for b, (start, end) in enumerate(order.spans):
+        if start == end:
+            continue
+        out, peak = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_heads(t, start, end) for t in parts), 0.0, False, attn_mask=masks.of(b), scale=scale
         )
-        if mask is not None and (causal or bias is not None):
-            blind = torch.isneginf(peak) | torch.isnan(peak)
-            os = torch.where(blind.unsqueeze(-1), 0.0, os)
-            peak = torch.where(blind, float("-inf"), peak)
-        o[rows.reshape(-1)] = os.transpose(1, 2).reshape(-1, *q.shape[1:])
-        lse[:, rows.reshape(-1)] = peak.transpose(0, 1).reshape(q.shape[1], -1).float()
-    return o, lse
+        blind = torch.isneginf(peak) | torch.isnan(peak) if masks.may_hide_all else None
+        if blind is not None and blind.any():
+            out = out.masked_fill(blind.unsqueeze(-1), 0.0)
+            peak = peak.masked_fill(blind, float("-inf"))
+        o[start:end] = out[0].transpose(0, 1)
+        lse[:, start:end] = peak[0]
+    return _to_packed(o, order, q.shape[0], 0), _to_packed(lse, order, q.shape[0], 1)
 
 
 def backward(
@@ -68,60 +73,113 @@ def backward(
     """
     if need_dbias:
         return reference.backward(do, q, k, v, o, lse, seqs, bias, causal, prefix, scale, True, out)
+    order = _order(seqs)
+    masks = _Masks.build(order, bias, causal, prefix, q.dtype)
+    parts = _gather(order, q.shape[1], do, q, k, v, o)
+    # A query without a visible key has lse -inf; with +inf its probabilities come out as the zeros they are.
+    peaks = torch.where(torch.isneginf(lse), float("inf"), lse)[:, order.rows]
     for t in out:
         t.zero_()
-    for rows, samples in _by_length(seqs):
-        g, qs, ks, vs, os = (_gather(t, rows, q.shape[1]) for t in (do, q, k, v, o))
-        mask = _mask(rows, samples, seqs, bias, causal, prefix, q.dtype)
-        flat = rows.reshape(-1)
-        peak = lse[:, flat].view(q.shape[1], *rows.shape).transpose(0, 1).contiguous()
-        # A query without a visible key has lse -inf; with +inf its probabilities come out as the zeros they are.
-        peak = torch.where(torch.isneginf(peak), float("inf"), peak)
+    for b, (start, end) in enumerate(order.spans):
+        if start == end:
+            continue
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, qs, ks, vs, os, peak, 0.0, False, attn_mask=mask, scale=scale
-        )
+            *(_heads(t, start, end) for t in parts), peaks[None, :, start:end].contiguous(), 0.0, False,
+            attn_mask=masks.of(b), scale=scale,
+        )  # fmt: skip
         for target, grad in zip(out, grads, strict=True):
-            heads = target.shape[1]
-            if grad.shape[1] != heads:
-                grad = grad.unflatten(1, (heads, -1)).sum(2, dtype=torch.float32).to(grad.dtype)
-            target[flat] = grad.transpose(1, 2).reshape(-1, *target.shape[1:])
+            grad = grad[0]
+            if grad.shape[0] != target.shape[1]:  # one key head serves several query heads
+                grad = grad.unflatten(0, (target.shape[1], -1)).sum(1, dtype=torch.float32).to(grad.dtype)
+            target[order.rows[start:end]] = grad.transpose(0, 1)
     return None
 
 
-def _by_length(seqs: Sequences):
-    """Samples of equal length as one `[b, n]` table of packed rows, with their indices."""
-    at = seqs.cu_seqlens.long()
-    lengths = at.diff()
-    for n in lengths.unique().tolist():
-        if n:
-            samples = (lengths == n).nonzero().view(-1)
-            places = at[samples, None] + torch.arange(n)
-            yield seqs.rows[places].long(), samples
+@dataclass(frozen=True)
+class _Order:
+    """Tokens of every sample in an order in which, if possible, samples are prefixes of one another.
+
+    Then a sample's block of the (reordered) bias is a corner of it, and needs no copy. In a batch of
+    image-text pairs that is image first: the texts only differ in where they end.
+    """
+
+    rows: torch.Tensor  # int64 [live], sample-major position to packed row
+    positions: torch.Tensor  # int64 [live], the same tokens' positions
+    spans: list[tuple[int, int]]  # first and end sample-major position of every sample
+    common: torch.Tensor  # int64 [N], positions in the common order
+    nested: bool  # whether every sample is a prefix of `common`
 
 
-def _gather(t: torch.Tensor, rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """`[T, Hk, Dh]` to `[b, H, n, Dh]`."""
-    part = t[rows.reshape(-1)].view(*rows.shape, *t.shape[1:])
-    if t.shape[1] != heads:
-        part = part.repeat_interleave(heads // t.shape[1], dim=2)
-    return part.transpose(1, 2)
+def _order(seqs: Sequences) -> _Order:
+    at = seqs.cu_seqlens.tolist()
+    live = at[-1]
+    rows = seqs.rows[:live].long()
+    positions = seqs.positions[rows].long()
+    lengths = seqs.cu_seqlens.diff().long()
+    sample = torch.repeat_interleave(torch.arange(len(at) - 1), lengths, output_size=live)
+    uses = torch.bincount(positions, minlength=seqs.max_seqlen)
+    common = torch.argsort(uses, descending=True, stable=True)
+    rank = torch.empty_like(common)
+    rank[common] = torch.arange(common.numel())
+    by_rank = torch.argsort(sample * (seqs.max_seqlen + 1) + rank[positions])
+    rows, positions = rows[by_rank], positions[by_rank]
+    within = torch.arange(live) - seqs.cu_seqlens.long()[sample]
+    nested = torch.equal(rank[positions], within)
+    return _Order(rows, positions, list(zip(at[:-1], at[1:], strict=True)), common, nested)
 
 
-def _mask(rows, samples, seqs, bias, causal, prefix, dtype) -> Optional:
-    """What is added to the scores, `[b or 1, H or 1, n, n]`, or None."""
-    if bias is None and not causal:
-        return None
-    at = seqs.positions[rows].long()
-    same = bool((at == at[:1]).all()) and prefix is None
-    if same:
-        at = at[:1]
-    mask = None
-    if bias is not None:
-        mask = bias[:, at[:, :, None], at[:, None, :]].transpose(0, 1).to(dtype)
-    if causal:
-        seen = at[:, None, :] <= at[:, :, None]
-        if prefix is not None:
-            seen = seen | (at[:, None, :] < prefix[samples, None, None])
-        hidden = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))[:, None]
-        mask = hidden if mask is None else mask + hidden
-    return mask
+@dataclass(frozen=True)
+class _Masks:
+    """What is added to every sample's scores."""
+
+    order: _Order
+    bias: Optional  # [H, N, N]; in the common order if samples are nested
+    causal: bool
+    prefix: Optional
+    dtype: torch.dtype
+    may_hide_all: bool
+
+    @staticmethod
+    def build(order: _Order, bias: Optional, causal: bool, prefix: Optional, dtype: torch.dtype) -> _Masks:
+        # Under a causal mask every token sees itself; only an -inf in the bias can leave a row without a key.
+        may_hide_all = bias is not None and bool(torch.isneginf(bias).any())
+        if bias is not None and order.nested:
+            bias = bias.index_select(1, order.common).index_select(2, order.common).to(dtype)
+        return _Masks(order, bias, causal, prefix, dtype, may_hide_all)
+
+    def of(self, b: int) -> Optional:
+        """`[1, H or 1, n, n]`, or None."""
+        start, end = self.order.spans[b]
+        at = self.order.positions[start:end]
+        mask = None
+        if self.bias is not None and self.order.nested:
+            mask = self.bias[None, :, : end - start, : end - start]
+        elif self.bias is not None:
+            mask = self.bias.index_select(1, at).index_select(2, at).to(self.dtype)[None]
+        if not self.causal:
+            return mask
+        seen = at[None, :] <= at[:, None]
+        if self.prefix is not None:
+            seen = seen | (at[None, :] < self.prefix[b])
+        hidden = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))[None, None]
+        return hidden if mask is None else mask + hidden
+
+
+def _gather(order: _Order, heads: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Packed `[T, Hk, Dh]` to sample-major `[live, H, Dh]`, key heads repeated."""
+    parts = [t.index_select(0, order.rows) for t in tensors]
+    return [t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1) for t in parts]
+
+
+def _heads(t: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """One sample of a sample-major buffer as `[1, H, n, Dh]`, a view."""
+    return t[start:end].transpose(0, 1)[None]
+
+
+def _to_packed(t: torch.Tensor, order: _Order, rows: int, dim: int) -> torch.Tensor:
+    """Sample-major to packed order along `dim`; dead rows repeat row 0, and nobody reads them."""
+    place = torch.zeros(rows, dtype=torch.int64)
+    place[order.rows] = torch.arange(order.rows.numel())
+    if order.rows.numel() == 0:
+        return t.new_zeros([rows if d == dim else n for d, n in enumerate(t.shape)])
+    return t.index_select(dim, place)

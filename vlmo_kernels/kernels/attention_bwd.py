@@ -14,6 +14,7 @@ from .attention_fwd import (
     LN2,
     LOG2E,
     SCAN,
+    bias_row_offsets,
     exp_of,
     head_tile,
     keys_in_reach,
@@ -25,7 +26,7 @@ from .attention_fwd import (
     token_rows,
 )
 
-STRIDES = ["q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "dq_t", "dq_h", "dk_t", "dk_h", "dv_t", "dv_h"]
+STRIDES = ["q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "dq_t", "dq_h", "dk_t", "dk_h", "dv_t", "dv_h", "bias_h", "bias_q"]
 BWD_DYNAMIC = ["B", "T", "tiles_per_sample", *STRIDES]
 
 
@@ -69,7 +70,7 @@ def attention_dq_kernel(
     scale, score_scale, B, T, tiles_per_sample,
     q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dk_t, dk_h, dv_t, dv_h, bias_h, bias_q,
     H: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (query tile, head): dq, DELTA fp32 `[H, T]`, and zeros in dead rows of all three."""
@@ -106,7 +107,7 @@ def attention_dq_kernel(
             seen_by_all = tl.load(PREFIX + b)
         end = keys_in_reach(ROWS, POSITIONS, base, n, tl.maximum(tl.max(pq, 0) + 1, seen_by_all))
     if HAS_BIAS:
-        bias_rows = BIAS + (h.to(tl.int64) * bias_h + pq.to(tl.int64) * bias_q)[:, None]
+        bias_rows = bias_row_offsets(pq, bias_q, WIDE_BIAS)
 
     dq = tl.zeros((BM, DHP), tl.float32)
     rk = token_rows(ROWS, base, tl.arange(0, BN), n)  # carried, as in the forward
@@ -119,7 +120,7 @@ def attention_dq_kernel(
         rk = token_rows(ROWS, base, jk + BN, n)
         bias = 0.0
         if HAS_BIAS:
-            bias = load_bias(bias_rows, pk)
+            bias = load_bias(BIAS + h.to(tl.int64) * bias_h, bias_rows, pk)
         s = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         p = exp_of(s + tl.where(jk < n, 0.0, float("-inf"))[None, :] - lse[:, None], HAS_BIAS)
         if CAUSAL:
@@ -138,7 +139,7 @@ def attention_dkdv_kernel(
     scale, score_scale, B, T, tiles_per_sample,
     q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, bias_h, bias_q,
     H: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (key tile, key head), over the query tiles of its `GROUP` query heads.
@@ -192,8 +193,8 @@ def attention_dkdv_kernel(
         bias = 0.0
         if HAS_BIAS:
             # Read along the keys, where the bias is contiguous, then turned in registers.
-            bias_rows = BIAS + (h.to(tl.int64) * bias_h + pq.to(tl.int64) * bias_q)[:, None]
-            bias = tl.trans(load_bias(bias_rows, pk))
+            bias_rows = bias_row_offsets(pq, bias_q, WIDE_BIAS)
+            bias = tl.trans(load_bias(BIAS + h.to(tl.int64) * bias_h, bias_rows, pk))
         st = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         p = exp_of(st - lse[None, :], HAS_BIAS)
         if CAUSAL:
@@ -215,7 +216,7 @@ def attention_short_bwd_kernel(
     scale, score_scale, B, T,
     q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dk_t, dk_h, dv_t, dv_h, bias_h, bias_q,
     H: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (sample, head) of at most `BM` tokens: dq, dk, dv and DELTA in one pass over the keys.
@@ -250,7 +251,7 @@ def attention_short_bwd_kernel(
         if HAS_PREFIX:
             seen_by_all = tl.load(PREFIX + b)
     if HAS_BIAS:
-        bias_rows = BIAS + (h.to(tl.int64) * bias_h + pq.to(tl.int64) * bias_q)[:, None]
+        bias_rows = bias_row_offsets(pq, bias_q, WIDE_BIAS)
 
     dq = tl.zeros((BM, DHP), tl.float32)
     rk = token_rows(ROWS, base, tl.arange(0, BN), n)
@@ -264,7 +265,7 @@ def attention_short_bwd_kernel(
             pk = tl.load(POSITIONS + here)
         bias = 0.0
         if HAS_BIAS:
-            bias = load_bias(bias_rows, pk)
+            bias = load_bias(BIAS + h.to(tl.int64) * bias_h, bias_rows, pk)
         s = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         key_live = jk < n
         p = exp_of(s + tl.where(key_live, 0.0, float("-inf"))[None, :] - lse[:, None], HAS_BIAS)
@@ -292,12 +293,12 @@ def row_of_position_kernel(INVERSE, CU, ROWS, POSITIONS, N, BLOCK: tl.constexpr)
         tl.store(INVERSE + b.to(tl.int64) * N + tl.load(POSITIONS + row), row, mask=j < n)
 
 
-@triton.jit(do_not_specialize=["B", "T", "N", "q_t", "q_h", "k_t", "k_h", "v_t", "v_h"])
+@triton.jit(do_not_specialize=["B", "T", "N", "q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "bias_h", "bias_q"])
 def attention_dbias_kernel(
     Q, K, V, DO, LSE, DELTA, DBIAS, INVERSE, BIAS, PREFIX,
     score_scale, B, T, N, q_t, q_h, k_t, k_h, v_t, v_h, bias_h, bias_q,
     H: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (query positions, key positions, head): DBIAS `[H, N, N]`, summed over samples in order.
@@ -315,8 +316,8 @@ def attention_dbias_kernel(
     pq = tile // tiles_k * BM + tl.arange(0, BM)
     pk = tile % tiles_k * BN + tl.arange(0, BN)
     inside = (pq < N)[:, None] & (pk < N)[None, :]
-    bias_at = BIAS + h.to(tl.int64) * bias_h + pq.to(tl.int64)[:, None] * bias_q + pk[None, :]
-    bias = tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)
+    bias_at = bias_row_offsets(pq, bias_q, WIDE_BIAS) + pk[None, :]
+    bias = tl.load(BIAS + h.to(tl.int64) * bias_h + bias_at, mask=inside, other=0.0).to(tl.float32)
     acc = tl.zeros((BM, BN), tl.float32)
     # int32 rows of the next sample are carried, as in the forward.
     rq = tl.load(INVERSE + pq, mask=pq < N, other=-1)

@@ -89,14 +89,26 @@ def keys_in_reach(ROWS, POSITIONS, base, n, reach):
 
 
 @triton.jit
-def load_bias(bias_rows, pk):
-    """The fp32 bias `[queries, keys]` at row pointers `[queries, 1]` and key positions `pk`.
+def bias_row_offsets(pq, bias_q, WIDE: tl.constexpr):
+    """Offsets `[queries, 1]` of a head's bias rows, int32 unless N * N passes 2^31.
+
+    int64 here costs registers on every element: the short backward with a bias then spills 16 bytes.
+    """
+    if WIDE:
+        return (pq.to(tl.int64) * bias_q)[:, None]
+    else:
+        return (pq * bias_q)[:, None]
+
+
+@triton.jit
+def load_bias(bias_of_head, bias_rows, pk):
+    """The fp32 bias `[queries, keys]` at row offsets `[queries, 1]` and key positions `pk`.
 
     The hint lays the threads of a warp along the keys, where neighbours mostly are neighbours in memory;
     without it Triton puts them across rows and every lane reads a sector of its own. Loads stay one
     element wide, since the alignment of a loaded index is unknown: right for any positions.
     """
-    return tl.load(tl.max_contiguous(bias_rows + pk[None, :], [1, 2])).to(tl.float32)
+    return tl.load(tl.max_contiguous(bias_of_head + (bias_rows + pk[None, :]), [1, 2])).to(tl.float32)
 
 
 @triton.jit
@@ -117,7 +129,7 @@ def exp_of(difference, HAS_BIAS: tl.constexpr):
         return tl.exp2(difference)
 
 
-FWD_DYNAMIC = ["B", "T", "tiles_per_sample", "q_t", "q_h", "k_t", "k_h", "v_t", "v_h"]
+FWD_DYNAMIC = ["B", "T", "tiles_per_sample", "q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "bias_h", "bias_q"]
 
 
 @triton.jit(do_not_specialize=FWD_DYNAMIC)
@@ -125,7 +137,7 @@ def attention_fwd_kernel(
     Q, K, V, O, LSE, CU, ROWS, POSITIONS, BIAS, PREFIX,
     score_scale, B, T, tiles_per_sample, q_t, q_h, k_t, k_h, v_t, v_h, bias_h, bias_q,
     H: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (query tile, head). O `[T, H, DH]`, LSE fp32 `[H, T]` (natural log), by packed row."""
@@ -150,7 +162,7 @@ def attention_fwd_kernel(
             seen_by_all = tl.load(PREFIX + b)
         end = keys_in_reach(ROWS, POSITIONS, base, n, tl.maximum(tl.max(pq, 0) + 1, seen_by_all))
     if HAS_BIAS:
-        bias_rows = BIAS + (h.to(tl.int64) * bias_h + pq.to(tl.int64) * bias_q)[:, None]
+        bias_rows = bias_row_offsets(pq, bias_q, WIDE_BIAS)
 
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -168,7 +180,7 @@ def attention_fwd_kernel(
         rk = token_rows(ROWS, base, jk + BN, n)
         bias = 0.0
         if HAS_BIAS:
-            bias = load_bias(bias_rows, pk)
+            bias = load_bias(BIAS + h.to(tl.int64) * bias_h, bias_rows, pk)
         s = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         s += tl.where(jk < n, 0.0, float("-inf"))[None, :]
         if CAUSAL:

@@ -280,11 +280,16 @@ def group_bounds(segments: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:
 
 
 def pointers_of(
-    values: list[torch.Tensor | None], experts: list[int], fallback: torch.Tensor
-) -> tuple[tuple[torch.Tensor, ...], int]:
-    """One tensor for each of `experts`, and the bits of those that exist; absent ones borrow a pointer unread."""
-    present = [values[e] for e in experts if values[e] is not None]
-    spare = present[0].contiguous() if present else fallback
+    values: list[torch.Tensor | None] | None, experts: list[int]
+) -> tuple[tuple[torch.Tensor, ...] | None, int]:
+    """One tensor for each of `experts`, and the bits of those that exist; absent ones borrow a pointer unread.
+
+    (None, 0) where no expert has one.
+    """
+    present = [values[e] for e in experts if values[e] is not None] if values else []
+    if not present:
+        return None, 0
+    spare = present[0].contiguous()
     chosen = tuple(spare if values[e] is None else values[e].contiguous() for e in experts)
     return chosen, sum(1 << i for i, e in enumerate(experts) if values[e] is not None)
 
@@ -335,20 +340,17 @@ def gemm(
     x = row_major(x)
     residual = None if residual is None else row_major(residual)
     experts = [e for _, _, e in route.segments]
-    absent = [None] * len(weights)
-    w, _ = pointers_of(weights, experts, x)
-    b, bias_mask = pointers_of(biases, experts, x)
-    wu, _ = pointers_of(up_weights or absent, experts, x)
-    bu, bias_up_mask = pointers_of(up_biases or absent, experts, x)
-    g, gamma_mask = pointers_of(gamma or absent, experts, x)
+    w, _ = pointers_of(weights, experts)
+    b, bias_mask = pointers_of(biases, experts)
+    wu, _ = pointers_of(up_weights, experts)
+    bu, bias_up_mask = pointers_of(up_biases, experts)
+    g, gamma_mask = pointers_of(gamma, experts)
     c = config_for(x.dtype, rows, gated, capability(x.device))
     tiles = row_tile_bound(rows, len(experts), c.bm) * triton.cdiv(n, c.bn)
     with on_device(x):
         gemm_kernel[persistent_grid(tiles, x.device)](
-            x, w, b, wu, bu, g,
-            x if row_scale is None else row_scale.contiguous(),
-            x if residual is None else residual,
-            y, x if pre is None else pre, x if up is None else up, route.offsets,
+            x, w, b, wu, bu, g, None if row_scale is None else row_scale.contiguous(), residual,
+            y, pre, up, route.offsets,
             x.stride(0), 0 if residual is None else residual.stride(0),
             N=n, K=k, GROUPS=group_bounds(route.segments), SEGMENTS=len(experts),
             BIAS_MASK=bias_mask, BIAS_UP_MASK=bias_up_mask, GAMMA_MASK=gamma_mask,

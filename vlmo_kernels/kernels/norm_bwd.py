@@ -108,7 +108,7 @@ def norm_weight_grad(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The partial sums of `norm_backward` for rows too wide to keep them in registers: by blocks of columns."""
+    """The partial sums of `norm_backward` where a row is too wide for registers: by blocks of columns."""
     program = tl.program_id(0)
     first = program * block
     last = tl.minimum(first + block, rows)

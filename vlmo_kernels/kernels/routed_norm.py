@@ -30,7 +30,7 @@ MAX_COLUMNS = 16384  # one row must fit the registers of one program
 # 4 programs on each of 132 multiprocessors. A constant, so that sums have the same order on every GPU.
 MAX_PARTIALS = 528
 REDUCE_COLUMNS, REDUCE_SLOTS = 64, 32
-# Above this width dx and the two sums of a row spill (940 bytes at 16384): the sums get a kernel of their own.
+# Above it dx and the two sums of a row spill (940 bytes at 16384): the sums get a kernel of their own.
 FUSED_COLUMNS = 8192
 WEIGHT_GRAD_ROWS, WEIGHT_GRAD_COLUMNS = 16, 128
 
@@ -46,14 +46,15 @@ class Config(NamedTuple):
 def config_for(columns: int, backward: bool) -> Config:
     """Tile of 32 values a thread forward and 16 backward, where seven such tiles are live at once.
 
-    Beyond 2048 (backward) or 4096 columns a row takes more warps; see the audit for the registers.
+    Beyond 2048 (backward) or 4096 columns a row takes more warps, 16 at most: 32 warps leave 64 registers a
+    thread, which spill on sm_100.
     """
     width = max(triton.next_power_of_2(columns), 16)
     per_warp = 512 if backward else 1024
     return Config(
         rows=max(1, min(4 * per_warp // width, 16)),
         columns=width,
-        warps=min(max(4, width // per_warp), 32 if backward else 16),
+        warps=min(max(4, width // per_warp), 16),
     )
 
 

@@ -35,17 +35,26 @@ class Config(NamedTuple):
     stages: int
 
 
-# By kernel and padded head dimension; 16-bit inputs. Every entry fits the 99 KiB of shared memory of
-# sm_86 and sm_120 and spills nowhere (vlmo-kernels audit).
-_CONFIGS = {
-    "fwd": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "dq": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-    "dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-    "short": {16: (256, 64, 8, 2), 32: (256, 64, 8, 2), 64: (256, 64, 8, 2), 128: (128, 64, 8, 1)},
-    "dbias": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 1), 256: (32, 32, 4, 1)},
+# By kernel and padded head dimension: 16-bit inputs on parts with at least 163 KiB of shared memory.
+# A larger tile spills in its dearest variant (bias, causal, prefix). dkdv at 256 is the one whose tiles are
+# below the 64 rows of a wgmma: at 64 keys dk and dv alone are 128 registers a thread, and it spills 192 to 292 bytes.
+_ROOMY = {
+    "fwd": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dq": {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
+    "short": {16: (256, 32, 8, 2), 32: (256, 32, 8, 2), 64: (256, 32, 8, 2), 128: (128, 32, 8, 2)},
+    "dbias": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
 }
-# Without tensor cores (fp32, IEEE) the tiles are smaller: operands take twice the room.
-_CONFIGS_32 = {
+# The same on parts with 99 KiB (sm_86, sm_89, sm_120).
+_TIGHT = {
+    "fwd": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 4, 2)},
+    "dq": {16: (128, 32, 8, 2), 32: (128, 32, 8, 2), 64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
+    "dkdv": {16: (32, 128, 8, 2), 32: (32, 128, 8, 2), 64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "short": {16: (128, 32, 8, 2), 32: (128, 32, 8, 2), 64: (128, 32, 8, 2)},
+    "dbias": {16: (64, 64, 8, 2), 32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+}
+# fp32: operands take twice the room, and without tensor cores (IEEE) a tile's products sit in registers.
+_FP32 = {
     "fwd": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     "dq": {16: (64, 32, 4, 1), 32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
     "dkdv": {16: (32, 64, 4, 1), 32: (32, 64, 4, 1), 64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
@@ -58,26 +67,29 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def config_for(kernel: str, itemsize: int, head_dim: int, max_seqlen: int) -> Config | None:
+def config_for(
+    kernel: str, itemsize: int, head_dim: int, max_seqlen: int, *, bias: bool, small_memory: bool
+) -> Config | None:
     """The configuration of `"fwd" | "dq" | "dkdv" | "short" | "dbias"`; None where the kernel has none.
 
     `max_seqlen` counts only by bucket: lengths change from batch to batch, configurations are compiled.
     """
-    table = _CONFIGS if itemsize == 2 else _CONFIGS_32
+    table = _FP32 if itemsize == 4 else _TIGHT if small_memory else _ROOMY
     entry = table[kernel].get(padded_head_dim(head_dim))
     if entry is None:
         return None
     config = Config(*entry)
+    if kernel == "dbias":  # its tiles are of positions, whose number is the model's, not the batch's
+        return config
     if kernel == "short":
         if max_seqlen > config.block_m:
             return None
-        if max_seqlen <= 64:
-            return config._replace(block_m=64, warps=4)
-        if max_seqlen <= 128:
-            return config._replace(block_m=128)
-    elif max_seqlen <= 64 and kernel != "dbias":  # text-only batches: half of a 128-row tile would idle
-        long = max(config.block_m, config.block_n) > 64
-        config = Config(min(config.block_m, 64), min(config.block_n, 64), 4 if long else config.warps, config.stages)
+        rows = min(config.block_m, 64 if max_seqlen <= 64 else 128 if max_seqlen <= 128 else 256)
+        return config._replace(block_m=rows)
+    if kernel == "dkdv" and bias and config.block_m == 64 and config.block_n == 128:
+        return Config(64, 64, 4, 2)  # 64 x 128 spills 24 bytes with a bias and a causal mask
+    if max_seqlen <= 64 and max(config.block_m, config.block_n) > 64:  # text only: half of 128 rows would idle
+        return Config(min(config.block_m, 64), min(config.block_n, 64), min(config.warps, 4), config.stages)
     return config
 
 
@@ -100,7 +112,7 @@ def forward(
         return o, lse
     q, k, v = (_rows_contiguous(t) for t in (q, k, v))
     bias = None if bias is None else _rows_contiguous(bias)
-    config = config_for("fwd", q.element_size(), head_dim, seqs.max_seqlen)
+    config = config_for("fwd", **_picked_by(q, seqs, bias))
     tiles, tiles_per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
     align, strides = _strides(q, k, v)
     with torch.cuda.device_of(q):
@@ -108,7 +120,7 @@ def forward(
             q, k, v, o, lse, seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix),
             _score_scale(scale, bias), batch, tokens, tiles_per_sample, *strides, *_bias_strides(bias),
             HAS_BIAS=bias is not None,
-            **_constants(q, k, align, causal, prefix),
+            **_constants(q, k, bias, align, causal, prefix),
             **_launch(config),
         )  # fmt: skip
     return o, lse
@@ -143,11 +155,11 @@ def backward(
     grads = tuple(t if _unit_stride(t) else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in out)
     delta = torch.empty_like(lse)
     align, strides = _strides(q, k, v, *grads)
-    constants = _constants(q, k, align, causal, prefix)
+    constants = _constants(q, k, bias, align, causal, prefix)
     tables = (seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix))
     factors = (scale, _score_scale(scale, bias), batch, tokens)
-    pick = (q.element_size(), head_dim, seqs.max_seqlen)
-    short = config_for("short", *pick) if k.shape[1] == heads else None
+    pick = _picked_by(q, seqs, bias)
+    short = config_for("short", **pick) if k.shape[1] == heads else None
     dbias = None
     with torch.cuda.device_of(q):
         if short is not None:
@@ -158,7 +170,7 @@ def backward(
                 **_launch(short),
             )  # fmt: skip
         else:
-            config = config_for("dq", *pick)
+            config = config_for("dq", **pick)
             tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
             attention_dq_kernel[(tiles * heads,)](
                 q, k, v, o, do, lse, delta, *grads, *tables, *factors, per_sample, *strides, *_bias_strides(bias),
@@ -166,7 +178,7 @@ def backward(
                 **constants,
                 **_launch(config),
             )  # fmt: skip
-            config = config_for("dkdv", *pick)
+            config = config_for("dkdv", **pick)
             tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_n)
             attention_dkdv_kernel[(tiles * k.shape[1],)](
                 q, k, v, do, lse, delta, *grads[1:], *tables, *factors, per_sample,
@@ -191,16 +203,27 @@ def _bias_gradient(q, k, v, do, lse, delta, seqs, bias, causal, prefix, scale) -
         return dbias
     inverse = torch.full((batch, length), -1, dtype=torch.int32, device=q.device)
     row_of_position_kernel[(batch,)](inverse, seqs.cu_seqlens, seqs.rows, seqs.positions, length, BLOCK=256)
-    config = config_for("dbias", q.element_size(), head_dim, seqs.max_seqlen)
+    config = config_for("dbias", **_picked_by(q, seqs, bias))
     align, strides = _strides(q, k, v)
     tiles = triton.cdiv(length, config.block_m) * triton.cdiv(length, config.block_n)
     attention_dbias_kernel[(tiles * heads,)](
         q, k, v, do, lse, delta, dbias, inverse, bias, _prefix(causal, prefix),
         scale, batch, tokens, length, *strides, *_bias_strides(bias),
-        **_constants(q, k, align, causal, prefix),
+        **_constants(q, k, bias, align, causal, prefix),
         **_launch(config),
     )  # fmt: skip
     return dbias
+
+
+def _picked_by(q: torch.Tensor, seqs, bias: Optional) -> dict:
+    small_memory = False
+    if q.is_cuda:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        small_memory = (major, minor) in ((8, 6), (8, 9)) or major >= 12
+    return dict(
+        itemsize=q.element_size(), head_dim=q.shape[-1], max_seqlen=seqs.max_seqlen,
+        bias=bias is not None, small_memory=small_memory,
+    )  # fmt: skip
 
 
 def _unit_stride(t: torch.Tensor) -> bool:
@@ -237,11 +260,12 @@ def _score_scale(scale: float, bias: Optional) -> float:
     return scale * LOG2E if bias is None else scale
 
 
-def _constants(q, k, align: int, causal: bool, prefix: Optional) -> dict:
+def _constants(q, k, bias: Optional, align: int, causal: bool, prefix: Optional) -> dict:
     _, heads, head_dim = q.shape
     exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return dict(
         H=heads, GROUP=heads // k.shape[1], DH=head_dim, DHP=padded_head_dim(head_dim), ALIGN=align,
+        WIDE_BIAS=bias is not None and bias.shape[1] * bias.stride(1) >= 2**31,
         CAUSAL=causal, HAS_PREFIX=causal and prefix is not None, PRECISION="ieee" if exact else "tf32",
     )  # fmt: skip
 

@@ -43,8 +43,13 @@ class RelativePositionBias:
 
     def dense(self) -> torch.Tensor:
         """`[H, N, N]` in the dtype of the table."""
-        n = self.index.shape[0]
-        return self.table[self.index.reshape(-1)].view(n, n, -1).permute(2, 0, 1).contiguous()
+        if self.table.dim() != 2 or self.index.dim() != 2 or self.index.shape[0] != self.index.shape[1]:
+            raise ValueError(
+                "RelativePositionBias: `table` must be [R, H] and `index` [N, N], "
+                f"got {list(self.table.shape)} and {list(self.index.shape)}"
+            )
+        flat = self.table[self.index.reshape(-1)]
+        return flat.view(*self.index.shape, self.table.shape[1]).permute(2, 0, 1).contiguous()
 
 
 def shared_attention(

@@ -1,0 +1,263 @@
+"""Attention kernels in the interpreter: odd shapes, every mask and route, poisoned dead rows, red zones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from tests.common import eager
+from tests.common.numerics import assert_close_as_eager
+from tests.common.red_zone import red_zones
+from vlmo_kernels import ModalityLayout
+from vlmo_kernels.kernels import shared_attention as kernels
+from vlmo_kernels.reference import shared_attention as reference
+
+LONG = 4096  # a bound on the sample length that rules the short backward out
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of samples (text tokens, image tokens) and an attention.
+
+    Attributes:
+        text_room: position of the first image token: text is padded in mid-sample up to it.
+        bound: the `max_seqlen` the launcher is told, None for the exact one.
+        shuffled: the row table lists a sample's tokens in random order.
+    """
+
+    samples: tuple[tuple[int, int], ...]
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 16
+    bias: str | None = None
+    causal: bool = False
+    prefix: bool = False
+    text_room: int | None = None
+    bound: int | None = None
+    shuffled: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+PAIRS = ((5, 11), (0, 0), (3, 0), (0, 11), (1, 0), (7, 11))
+CASES = {
+    "one token": Case(((1, 0),)),
+    "empty samples": Case(((0, 0), (2, 3), (0, 0))),
+    "pairs": Case(PAIRS, text_room=9),
+    "head 34": Case(PAIRS, head_dim=34),
+    "head 8": Case(PAIRS, head_dim=8, bias="fp32", text_room=9),
+    "head 88": Case(PAIRS, head_dim=88, bound=LONG, dtype=torch.bfloat16),
+    "head 256": Case(((3, 20),), heads=1, kv_heads=1, head_dim=256, dtype=torch.bfloat16),
+    "several tiles": Case(((3, 130), (70, 0)), head_dim=40),
+    "bias": Case(PAIRS, bias="fp32", text_room=9),
+    "bias, several tiles": Case(((40, 100), (5, 100)), heads=1, kv_heads=1, bias="fp32", text_room=41),
+    "bias, long route": Case(((9, 70), (2, 70)), heads=1, kv_heads=1, bias="fp32", bound=LONG),
+    "bias of bf16": Case(PAIRS, bias="same", text_room=9, dtype=torch.bfloat16),
+    "bias of fp32 beside bf16": Case(PAIRS, bias="fp32", text_room=9, dtype=torch.bfloat16),
+    "bias that hides keys": Case(PAIRS, bias="hiding", text_room=9),
+    "bias that hides keys, long": Case(PAIRS, bias="hiding", bound=LONG),
+    "causal": Case(PAIRS, causal=True, text_room=9),
+    "causal, several tiles": Case(((10, 90), (70, 0)), heads=1, kv_heads=1, causal=True, bound=LONG),
+    "causal, any order": Case(((10, 90), (70, 0)), heads=1, kv_heads=1, causal=True, bound=LONG, shuffled=True),
+    "causal with prefix": Case(PAIRS, causal=True, prefix=True, text_room=9),
+    "prefix, long": Case(((9, 90), (70, 0)), heads=1, kv_heads=1, causal=True, prefix=True, bound=LONG),
+    "everything": Case(
+        ((9, 60), (2, 60)), 4, 2, 24, "hiding", True, True, text_room=12, shuffled=True, dtype=torch.float16
+    ),
+    "grouped queries": Case(PAIRS, heads=6, kv_heads=2, text_room=9),
+    "one key head": Case(((5, 70),), heads=3, kv_heads=1, causal=True, dtype=torch.bfloat16),
+    "tiles owned by length": Case(((3, 150), *((2, 0),) * 9), heads=1, kv_heads=1),
+    "short route, 256 rows": Case(((30, 150),), heads=1, kv_heads=1, bias="fp32", dtype=torch.bfloat16),
+    "bf16": Case(PAIRS, dtype=torch.bfloat16),
+    "bf16, long route": Case(((9, 140),), bound=LONG, dtype=torch.bfloat16),
+    "fp16": Case(PAIRS, bias="same", causal=True, dtype=torch.float16),
+}
+
+
+class Problem:
+    """Inputs of a case, packed with static capacity: NaN in the dead rows."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        room = max((t for t, _ in case.samples), default=0) if case.text_room is None else case.text_room
+        length = max(room + max(i for _, i in case.samples), 1)
+        ids = torch.full((len(case.samples), length), -1)
+        for b, (text, image) in enumerate(case.samples):
+            ids[b, :text] = 0
+            ids[b, room : room + image] = 1
+        self.valid = ids >= 0
+        self.layout = ModalityLayout.from_modality_ids(ids, modalities=("text", "image"))
+        self.seqs = self.layout.sequences()
+        if case.shuffled:
+            self.seqs = replace(self.seqs, rows=self._shuffled_rows())
+        if case.bound is not None:
+            self.seqs = replace(self.seqs, max_seqlen=case.bound)
+        self.live = int(self.seqs.cu_seqlens[-1])
+        kinds = (case.heads, case.kv_heads, case.kv_heads, case.heads)
+        self.q, self.k, self.v, self.do = (self._rows(heads) for heads in kinds)
+        self.bias = None if case.bias is None else self._bias(length)
+        self.prefix = torch.randint(0, length, (len(ids),), dtype=torch.int32) if case.prefix else None
+        self.scale = 1.3 * case.head_dim**-0.5
+
+    def _shuffled_rows(self) -> torch.Tensor:
+        rows, at = self.seqs.rows.clone(), self.seqs.cu_seqlens.tolist()
+        for start, end in zip(at[:-1], at[1:], strict=True):
+            rows[start:end] = rows[start:end][torch.randperm(end - start)]
+        return rows
+
+    def _rows(self, heads: int) -> torch.Tensor:
+        t = torch.randn(self.layout.tokens, heads, self.case.head_dim).to(self.case.dtype)
+        t[self.live :] = torch.nan
+        return t
+
+    def _bias(self, length: int) -> torch.Tensor:
+        bias = torch.randn(self.case.heads, length, length)
+        if self.case.bias == "hiding":
+            bias[:, :, ::3] = -torch.inf
+            bias[0, 1] = -torch.inf  # a query that sees nothing
+            bias[:, 2] = torch.finfo(torch.float32).min  # one that sees everything alike
+        return bias.to(self.case.dtype if self.case.bias == "same" else torch.float32)
+
+    def forward(self, module, dtype: torch.dtype | None = None, **changed):
+        q, k, v = (changed.get(n, getattr(self, n)) for n in ("q", "k", "v"))
+        if dtype is not None:
+            q, k, v = (t.to(dtype) for t in (q, k, v))
+        return module.forward(q, k, v, self.seqs, self.bias, self.case.causal, self.prefix, self.scale)
+
+    def backward(self, module, o, lse, out, dtype: torch.dtype | None = None, **changed):
+        do, q, k, v = (changed.get(n, getattr(self, n)) for n in ("do", "q", "k", "v"))
+        if dtype is not None:
+            do, q, k, v = (t.to(dtype) for t in (do, q, k, v))
+        masks = (self.bias, self.case.causal, self.prefix, self.scale, self.bias is not None)
+        return module.backward(do, q, k, v, o, lse, self.seqs, *masks, out)
+
+    def expected(self):
+        """o, lse, dq, dk, dv, dbias of the reference in fp64."""
+        o, lse = self.forward(reference, torch.float64)
+        out = tuple(torch.empty(t.shape, dtype=torch.float64) for t in (self.q, self.k, self.v))
+        with_fp64_bias = replace_bias(self, torch.float64)
+        dbias = with_fp64_bias.backward(reference, o, lse, out, torch.float64)
+        return o, lse, *out, dbias
+
+    def eager(self):
+        """The same from eager torch in the case's dtype, on padded tensors; lse from the reference."""
+        leaves = [self.layout.unpack(t).requires_grad_() for t in (self.q, self.k, self.v)]
+        bias = None if self.bias is None else self.bias.clone().requires_grad_()
+        o = eager.shared_attention(*leaves, self.valid, bias, self.case.causal, self.prefix, self.scale)
+        wanted = leaves if bias is None else [*leaves, bias]
+        grads = torch.autograd.grad(o, wanted, self.layout.unpack(self.do))
+        packed = [self.layout.pack_padded(t.detach()) for t in (o, *grads[:3])]
+        return packed[0], self.forward(reference)[1], *packed[1:], grads[3] if bias is not None else None
+
+
+def replace_bias(problem: Problem, dtype: torch.dtype) -> Problem:
+    other = object.__new__(Problem)
+    other.__dict__.update(problem.__dict__)
+    other.bias = None if problem.bias is None else problem.bias.to(dtype)
+    return other
+
+
+def check(problem: Problem, got) -> None:
+    live = problem.live
+    names = ("o", "lse", "dq", "dk", "dv", "dbias")
+    for name, mine, right, plain in zip(names, got, problem.expected(), problem.eager(), strict=True):
+        if mine is None:
+            assert right is None
+        elif name == "dbias":
+            assert_close_as_eager(mine, right, plain, name)
+        elif name == "lse":
+            assert_close_as_eager(mine[:, :live], right[:, :live], plain[:, :live], name)
+        else:
+            assert_close_as_eager(mine[:live], right[:live], plain[:live], name)
+            assert name == "o" or not mine[live:].any(), f"{name}: dead rows must be zero"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_against_fp64(case: Case) -> None:
+    problem = Problem(case)
+    out = tuple(torch.full_like(t, torch.nan) for t in (problem.q, problem.k, problem.v))
+    with red_zones():
+        o, lse = problem.forward(kernels)
+        dbias = problem.backward(kernels, o, lse, out)
+    assert o.is_contiguous() and lse.dtype == torch.float32
+    check(problem, (o, lse, *out, dbias))
+
+
+@pytest.mark.parametrize("bound", [None, LONG], ids=["short", "long"])
+def test_views_of_one_qkv_buffer(bound: int | None) -> None:
+    problem = Problem(Case(PAIRS, head_dim=20, text_room=9, bound=bound))
+    tokens, heads, head_dim = problem.q.shape
+    qkv = torch.full((tokens, 3, heads, head_dim + 6), torch.nan)
+    dqkv = qkv.clone()
+    views = [qkv[:, i, :, 3:-3] for i in range(3)]
+    for view, t in zip(views, (problem.q, problem.k, problem.v), strict=True):
+        view.copy_(t)
+    problem.q, problem.k, problem.v = views
+    out = tuple(dqkv[:, i, :, 3:-3] for i in range(3))
+    o, lse = problem.forward(kernels)
+    dbias = problem.backward(kernels, o, lse, out)
+    check(problem, (o, lse, *out, dbias))
+    assert dqkv[..., :3].isnan().all() and dqkv[..., -3:].isnan().all(), "written outside the gradients"
+
+
+def test_any_strides() -> None:
+    problem = Problem(Case(PAIRS, bias="fp32", text_room=9))
+    scattered = {n: getattr(problem, n).permute(2, 1, 0).contiguous().permute(2, 1, 0) for n in ("q", "k", "v", "do")}
+    for name, t in scattered.items():
+        assert t.stride(-1) != 1
+        setattr(problem, name, t)
+    problem.bias = problem.bias.transpose(1, 2)
+    out = tuple(torch.full_like(t, torch.nan) for t in (problem.q, problem.k, problem.v))
+    o, lse = problem.forward(kernels)
+    dbias = problem.backward(kernels, o, lse, out)
+    assert o.is_contiguous() and dbias.is_contiguous()
+    check(problem, (o, lse, *out, dbias))
+
+
+@pytest.mark.parametrize("samples", [(), ((0, 0),), ((0, 0), (0, 0))], ids=["no sample", "one empty", "all empty"])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_nothing_live(samples, tokens: int) -> None:
+    ids = torch.full((len(samples), 3), -1)
+    seqs = ModalityLayout.from_modality_ids(ids, modalities=("text", "image")).sequences()
+    table = torch.zeros(tokens, dtype=torch.int32)
+    seqs = replace(seqs, rows=table, positions=table)
+    q = torch.full((tokens, 2, 16), torch.nan)
+    bias = torch.randn(2, 3, 3)
+    o, lse = kernels.forward(q, q, q, seqs, bias, False, None, 0.25)
+    assert o.shape == q.shape and lse.shape == (2, tokens)
+    out = tuple(torch.full_like(q, torch.nan) for _ in range(3))
+    dbias = kernels.backward(q, q, q, q, o, lse, seqs, bias, False, None, 0.25, True, out)
+    assert not any(t.any() for t in (*out, dbias))
+
+
+def test_another_samples_infinities_stay_there() -> None:
+    problem = Problem(Case(((5, 11), (7, 3)), text_room=9, bias="fp32"))
+    first = problem.seqs.rows[:16].long()
+    keep = problem.seqs.rows[16 : problem.live].long()
+    clean = problem.forward(kernels)[0][keep]
+    problem.v[first] = torch.inf
+    problem.k[first] = torch.nan
+    assert torch.equal(problem.forward(kernels)[0][keep], clean)
+
+
+def test_one_compiled_kernel_whatever_the_lengths() -> None:
+    """Configurations and constants depend on length by bucket only; the grid on capacity only."""
+    for kernel in ("fwd", "dq", "dkdv", "short", "dbias"):
+        for small in (False, True):
+            for low, high in ((1, 64), (65, 128), (129, 256), (257, 100_000)):
+                configs = {
+                    kernels.config_for(kernel, 2, 64, n, bias=True, small_memory=small)
+                    for n in (low, (low + high) // 2, high)
+                }
+                assert len(configs) == 1, (kernel, configs)
+    assert kernels._tiles(1000, 10, 200, 64) == (25, 0)
+    assert kernels._tiles(2000, 10, 200, 64) == (40, 4)
+
+
+@pytest.mark.parametrize("head_dim", [1, 16, 34, 40, 64, 88, 96, 128, 256])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_head_dim_has_a_configuration(head_dim: int, itemsize: int) -> None:
+    for kernel in ("fwd", "dq", "dkdv", "dbias"):
+        for small in (False, True):
+            assert kernels.config_for(kernel, itemsize, head_dim, 500, bias=True, small_memory=small) is not None

@@ -1,0 +1,1 @@
+"""The benchmark core: contestants, correctness gate, interleaved timing, JSON rows."""

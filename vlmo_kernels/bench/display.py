@@ -1,0 +1,79 @@
+"""Tables and progress: with rich where it is installed, in plain text where not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+    """Print a table to stdout. The first column is left-aligned."""
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    except ImportError:
+        _plain(title, columns, rows, caption)
+        return
+    # Without a terminal rich assumes 80 columns and folds every cell.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    drawn = Table(title=escape(title), caption=escape(caption) or None, title_justify="left", caption_justify="left")
+    for i, name in enumerate(columns):
+        drawn.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*map(escape, row))
+    console.print(drawn)
+
+
+def _plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+    widths = [max(len(r[i]) for r in [columns, *rows]) for i in range(len(columns))]
+    print(title)
+    for row in [columns, *rows]:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+    if caption:
+        print(caption)
+
+
+class Steps:
+    """What a progress display offers: `step(text)` says what begins now and counts what came before."""
+
+    def __init__(self, advance, total: int) -> None:
+        self._advance, self.total, self.done = advance, total, 0
+
+    def step(self, text: str) -> None:
+        self._advance(text, self.done)
+        self.done += 1
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Steps]:
+    """A progress bar on stderr; one line a step where there is no terminal or no rich."""
+    begun = time.perf_counter()
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    except ImportError:
+        rich = None
+    else:
+        rich = Console(stderr=True)
+    if rich is None or not rich.is_terminal:
+        def line(text: str, done: int) -> None:
+            print(f"[{time.perf_counter() - begun:5.1f} s] {title} {done + 1}/{total}: {text}", file=sys.stderr, flush=True)
+
+        yield Steps(line, total)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=rich, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield Steps(lambda text, done: bar.update(task, completed=done, description=f"{title}: {text}"), total)
+
+
+def milliseconds(ms: float) -> str:
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.2f} ms" if ms >= 1 else f"{ms * 1000:.1f} us"
+
+
+def megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.1f} MiB"

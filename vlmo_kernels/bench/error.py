@@ -1,0 +1,88 @@
+"""The rule that says whether a result is close enough, as a value rather than an assertion.
+
+Nobody picks a tolerance: the error against fp64 stays within 2x (largest) and 1.5x (RMS) of what eager torch
+makes of the same inputs in the same dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MAX_FACTOR = 2.0
+RMS_FACTOR = 1.5
+# Where eager happens to be exact, 2x of nothing is nothing: (largest, RMS) are never asked to be below this
+# many eps of the dtype, times the (largest, RMS) magnitude of what is expected.
+FLOOR_EPS = {
+    torch.bfloat16: (1.0, 0.5),
+    torch.float16: (1.0, 0.5),
+    torch.float32: (4.0, 2.0),
+    torch.float64: (64.0, 32.0),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors of a result against fp64, and whether the rule accepts them.
+
+    Attributes:
+        max_err, rms_err: of the result.
+        max_allowed, rms_allowed: what the rule grants.
+        why: empty where the result is accepted, else the reason.
+    """
+
+    max_err: float
+    rms_err: float
+    max_allowed: float
+    rms_allowed: float
+    why: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.why
+
+
+def judge(actual: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor) -> Verdict:
+    """Judge `actual` against `expected` (fp64) by the error of `eager` (the same inputs, op by op)."""
+    actual, expected, eager = actual.detach(), expected.detach().to(actual.device), eager.detach()
+    nan = float("nan")
+    if actual.shape != expected.shape or eager.shape != expected.shape:
+        shapes = f"{list(actual.shape)}, fp64 has {list(expected.shape)}, eager {list(eager.shape)}"
+        return Verdict(nan, nan, nan, nan, f"shape {shapes}")
+    if actual.dtype != eager.dtype:
+        return Verdict(nan, nan, nan, nan, f"dtype {actual.dtype}, eager has {eager.dtype}")
+    if actual.numel() == 0:
+        return Verdict(0.0, 0.0, 0.0, 0.0)
+    for what, test in (("NaN", torch.isnan), ("inf", torch.isinf)):
+        if not torch.equal(test(actual), test(eager)):
+            return Verdict(nan, nan, nan, nan, f"{what} in {int(test(actual).sum())} places, eager differs")
+    finite = torch.isfinite(eager) & torch.isfinite(expected)
+    target = expected.where(finite, 0.0)
+    error = (actual.double().where(finite, 0.0) - target).abs()
+    eager_error = (eager.double().where(finite, 0.0) - target).abs()
+    eps = torch.finfo(actual.dtype).eps
+    floor_max, floor_rms = FLOOR_EPS[actual.dtype]
+    max_allowed = max(MAX_FACTOR * float(eager_error.max()), floor_max * eps * float(target.abs().max()))
+    rms_allowed = max(RMS_FACTOR * rms(eager_error), floor_rms * eps * rms(target))
+    verdict = Verdict(float(error.max()), rms(error), max_allowed, rms_allowed)
+    if verdict.max_err > max_allowed or verdict.rms_err > rms_allowed:
+        why = (
+            f"max error {verdict.max_err:.2e} (allowed {max_allowed:.2e}), "
+            f"RMS {verdict.rms_err:.2e} (allowed {rms_allowed:.2e})"
+        )
+        return Verdict(verdict.max_err, verdict.rms_err, max_allowed, rms_allowed, why)
+    return verdict
+
+
+def worst(verdicts: list[Verdict]) -> Verdict:
+    """The rejected one if there is one, else the one nearest to its limit."""
+    if not verdicts:
+        return Verdict(0.0, 0.0, 0.0, 0.0)
+    rejected = [v for v in verdicts if not v.ok]
+    return rejected[0] if rejected else max(verdicts, key=lambda v: v.max_err / (v.max_allowed or 1.0))
+
+
+def rms(t: torch.Tensor) -> float:
+    """Root mean square."""
+    return float(t.double().square().mean().sqrt()) if t.numel() else 0.0
