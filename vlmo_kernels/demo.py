@@ -5,10 +5,11 @@ What belongs to the model lives in `vlmo.demo`, imported by name at run time: th
 
 from __future__ import annotations
 
+import copy
 import importlib
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +137,10 @@ def _one_dtype(model_part, model, inputs, dtype, options: Options, bar) -> list[
 
 def _fp64(model_part, model, inputs, dtype) -> list[torch.Tensor]:
     """The published model on fp64 copies of the very same weights and inputs."""
-    rounded = model_part.Inputs(**{**inputs.__dict__, "image": inputs.image.to(dtype)})
-    double = _double_copy(model)
+    rounded = replace(inputs, image=inputs.image.to(dtype))
+    double = copy.deepcopy(model).double()
     with torch.inference_mode():
         return model_part.valid_values(model_part.fusion_call(double, rounded, torch.float64)(), rounded)
-
-
-def _double_copy(model: torch.nn.Module) -> torch.nn.Module:
-    import copy
-
-    return copy.deepcopy(model).double()
 
 
 def _agreement(values, reference, expected, samples) -> Verdict:
@@ -170,8 +165,7 @@ def _saved(model_part, models, outcomes: list[Outcome], inputs, dtype) -> None:
     for p in parameters:
         p.requires_grad_(p.is_floating_point())
     for outcome in outcomes:
-        # Compiled blocks would have to be compiled once more for training; their time is the demo's.
-        if outcome.skipped or outcome.name == "compile":
+        if outcome.skipped:
             continue
         loss = model_part.loss_for_training(models[outcome.name], inputs, dtype)
         outcome.saved = saved_bytes(loss, parameters)

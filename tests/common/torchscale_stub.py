@@ -1,4 +1,4 @@
-"""torchscale without timm: of timm it needs `timm.models.layers.drop_path` alone, and timm needs torchvision."""
+"""torchscale without timm, of which it needs `drop_path` alone and which needs torchvision."""
 
 from __future__ import annotations
 

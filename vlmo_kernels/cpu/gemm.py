@@ -9,10 +9,14 @@ from vlmo_kernels.runtime.frozen import packed_weight
 Optional = torch.Tensor | None
 DTYPES = (torch.float32, torch.bfloat16)
 
-# Which library is faster differs by machine: fp32 on AMD runs 2.2x faster through oneDNN than through the
-# MKL behind F.linear (facts in docs/cpu.md), on Intel with AMX both reach the same rate.
-_FUSED = {"none": ("none", None), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", None),
-          "silu": ("swish", None)}  # fmt: skip
+# activation -> (name, algorithm) of oneDNN's epilogue
+_FUSED = {
+    "none": ("none", None),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", None),
+    "silu": ("swish", None),
+}
 
 
 def available() -> bool:
@@ -32,7 +36,7 @@ def why_not(request) -> str | None:
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: Optional, activation: str = "none") -> torch.Tensor:
-    """`act(x @ weight.T + bias)`, `[R, K]` times `[N, K]`, the activation in fp32 inside the GEMM's epilogue."""
+    """`act(x @ weight.T + bias)`, `[R, K]` times `[N, K]`, the activation in the GEMM's fp32 epilogue."""
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     name, algorithm = _FUSED[activation]

@@ -9,7 +9,7 @@ from vlmo_kernels.runtime.ffn_weights import FFNWeights
 from vlmo_kernels.runtime.route import Route
 
 from .gemm import dense, why_not
-from .routed_linear import finish, project, scaled, weight_grads
+from .routed_linear import finish, project_into, scaled, weight_grads
 
 __all__ = ["backward", "forward", "why_not"]
 Optional = torch.Tensor | None
@@ -45,10 +45,15 @@ def forward(
             h = dense(x[rows], w.w1, w.b1, activation)
         if w.norm_weight is not None:
             h = F.layer_norm(h, h.shape[-1:], w.norm_weight, w.norm_bias, eps)
-        y[rows] = project(
-            h, w.w2, w.b2, w.gamma,
-            None if residual is None else residual[rows], None if row_scale is None else row_scale[rows],
-        )  # fmt: skip
+        project_into(
+            y[rows],
+            h,
+            w.w2,
+            w.b2,
+            w.gamma,
+            None if residual is None else residual[rows],
+            None if row_scale is None else row_scale[rows],
+        )
     return y, pre, up
 
 

@@ -23,46 +23,54 @@ def forward(
 ) -> torch.Tensor:
     """See `vlmo_kernels.reference.routed_linear.forward`."""
     ranges = route.ranges()
-    if len(ranges) == 1 and ranges[0][:2] == (0, x.shape[0]):
-        e = ranges[0][2]
-        return project(x, weights[e], biases[e], gammas[e], residual, row_scale)
+    plain = gammas[0] is None and residual is None and row_scale is None
+    if plain and len(weights) == 1 and ranges == [(0, x.shape[0], 0)]:
+        return dense(x, weights[0], biases[0])  # one range and no epilogue: nothing to assemble
     dtype = x.dtype if residual is None else residual.dtype
     y = x.new_empty(x.shape[0], weights[0].shape[0], dtype=dtype)
     for start, end, e in ranges:
         rows = slice(start, end)
-        y[rows] = project(
-            x[rows], weights[e], biases[e], gammas[e],
-            None if residual is None else residual[rows], None if row_scale is None else row_scale[rows],
-        )  # fmt: skip
+        project_into(
+            y[rows],
+            x[rows],
+            weights[e],
+            biases[e],
+            gammas[e],
+            None if residual is None else residual[rows],
+            None if row_scale is None else row_scale[rows],
+        )
     return y
 
 
-def project(
+def project_into(
+    out: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: Optional,
     gamma: Optional,
     residual: Optional,
     row_scale: Optional,
-) -> torch.Tensor:
-    """`residual + row_scale * gamma * (x @ weight.T + bias)` for rows of one expert; never `x` itself."""
-    if gamma is None and row_scale is None and residual is not None and residual.dtype == x.dtype:
-        return add_dense(residual, x, weight, bias)
+) -> None:
+    """`out = residual + row_scale * gamma * (x @ weight.T + bias)` for the rows of one expert."""
+    if gamma is None and row_scale is None:
+        if residual is not None and residual.dtype == x.dtype:
+            out.copy_(add_dense(residual, x, weight, bias))
+        elif residual is not None:
+            torch.add(residual, dense(x, weight, bias), out=out)
+        else:
+            out.copy_(dense(x, weight, bias))
+        return
     y = dense(x, weight, bias)
-    if residual is None and gamma is None and row_scale is None:
-        return y
-    scale = None if gamma is None else gamma.to(residual.dtype if residual is not None else gamma.dtype)
+    scale = gamma
     if row_scale is not None:
-        rows = row_scale[:, None]
-        scale = rows if scale is None else rows * scale
+        scale = row_scale[:, None] if gamma is None else row_scale[:, None] * gamma
     if residual is None:
-        return (y * scale).to(y.dtype)
-    if scale is None:
-        return residual + y
-    if residual.dtype == y.dtype and scale.dtype != y.dtype:
-        # One pass in fp32: rounding the factor to 16 bits first would cost accuracy.
-        return torch.addcmul(residual.float(), y.float(), scale.float()).to(residual.dtype)
-    return torch.addcmul(residual, y.to(residual.dtype), scale.to(residual.dtype))
+        out.copy_(y * scale)
+    elif residual.dtype == y.dtype == scale.dtype:
+        torch.addcmul(residual, y, scale, out=out)
+    else:
+        # Mixed dtypes go through fp32: a factor rounded to 16 bits first would cost accuracy.
+        out.copy_(torch.addcmul(residual.float(), y.float(), scale.float()))
 
 
 def backward(

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .attention_fwd import (
-    LN2,
     LOG2E,
     SCAN,
     bias_row_offsets,
@@ -21,6 +20,7 @@ from .attention_fwd import (
     load_bias,
     load_head,
     locate_tile,
+    natural_units,
     scores,
     store_head,
     token_rows,
@@ -40,7 +40,7 @@ def zero_dead_rows(X, CU, B, T, tile, tiles, head, stride_t, stride_h, d, DH: tl
 
 
 @triton.jit
-def load_lse(LSE, rows, live, HAS_BIAS: tl.constexpr):
+def load_lse(LSE, rows, live, NATURAL: tl.constexpr):
     """The log-sum-exp in the units of `scores`.
 
     +inf for queries past the end, whose P must be 0; 0 for queries without a visible key, whose scores
@@ -48,7 +48,7 @@ def load_lse(LSE, rows, live, HAS_BIAS: tl.constexpr):
     """
     lse = tl.load(LSE + rows)
     lse = tl.where(lse == float("-inf"), 0.0, lse)
-    if not HAS_BIAS:
+    if not NATURAL:
         lse *= LOG2E
     return tl.where(live, lse, float("inf"))
 
@@ -74,6 +74,7 @@ def attention_dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (query tile, head): dq, DELTA fp32 `[H, T]`, and zeros in dead rows of all three."""
+    NATURAL: tl.constexpr = natural_units(Q, HAS_BIAS)
     pid = tl.program_id(0)
     tile = pid // H
     tiles = tl.num_programs(0) // H
@@ -97,7 +98,7 @@ def attention_dq_kernel(
     do = load_head(DO, rq, h, H * DH, DH, d, DH, DHP)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTA + h.to(tl.int64) * T + rq, delta, mask=live)
-    lse = load_lse(LSE + h.to(tl.int64) * T, rq, live, HAS_BIAS)
+    lse = load_lse(LSE + h.to(tl.int64) * T, rq, live, NATURAL)
     end = n
     if HAS_BIAS or CAUSAL:
         pq = tl.load(POSITIONS + rq)
@@ -122,7 +123,7 @@ def attention_dq_kernel(
         if HAS_BIAS:
             bias = load_bias(BIAS + h.to(tl.int64) * bias_h, bias_rows, pk)
         s = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
-        p = exp_of(s + tl.where(jk < n, 0.0, float("-inf"))[None, :] - lse[:, None], HAS_BIAS)
+        p = exp_of(s + tl.where(jk < n, 0.0, float("-inf"))[None, :] - lse[:, None], NATURAL)
         if CAUSAL:
             p = tl.where((pk[None, :] <= pq[:, None]) | (pk < seen_by_all)[None, :], p, 0.0)
         if HAS_BIAS or CAUSAL:
@@ -146,6 +147,7 @@ def attention_dkdv_kernel(
 
     Scores are held transposed, `[BN keys, BM queries]`: P and dS are then left operands from registers.
     """
+    NATURAL: tl.constexpr = natural_units(Q, HAS_BIAS)
     pid = tl.program_id(0)
     heads: tl.constexpr = H // GROUP
     hk = pid % heads
@@ -187,7 +189,7 @@ def attention_dkdv_kernel(
             following = first + (i + 1) % steps * BM + tl.arange(0, BM)
         q = load_head(Q, rq, h, q_t * ALIGN, q_h * ALIGN, d, DH, DHP)
         do = load_head(DO, rq, h, H * DH, DH, d, DH, DHP)
-        lse = load_lse(LSE + h.to(tl.int64) * T, rq, jq < n, HAS_BIAS)
+        lse = load_lse(LSE + h.to(tl.int64) * T, rq, jq < n, NATURAL)
         delta = tl.load(DELTA + h.to(tl.int64) * T + rq)
         rq = token_rows(ROWS, base, following, n)
         bias = 0.0
@@ -196,7 +198,7 @@ def attention_dkdv_kernel(
             bias_rows = bias_row_offsets(pq, bias_q, WIDE_BIAS)
             bias = tl.trans(load_bias(BIAS + h.to(tl.int64) * bias_h, bias_rows, pk))
         st = scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
-        p = exp_of(st - lse[None, :], HAS_BIAS)
+        p = exp_of(st - lse[None, :], NATURAL)
         if CAUSAL:
             p = tl.where((pk[:, None] <= pq[None, :]) | (pk < seen_by_all)[:, None], p, 0.0)
         if HAS_BIAS or CAUSAL:
@@ -224,6 +226,7 @@ def attention_short_bwd_kernel(
     Equal numbers of query and key heads only. dK and dV are formed transposed, `[DHP, BN]`: the scores
     stay `[BM queries, BN keys]` for all five matmuls (with 256 x 32, the transposed scores spill).
     """
+    NATURAL: tl.constexpr = natural_units(Q, HAS_BIAS)
     pid = tl.program_id(0)
     b = pid // H
     h = pid % H
@@ -243,7 +246,7 @@ def attention_short_bwd_kernel(
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTA + h.to(tl.int64) * T + rq, delta, mask=live)
     q = load_head(Q, rq, h, q_t * ALIGN, q_h * ALIGN, d, DH, DHP)
-    lse = load_lse(LSE + h.to(tl.int64) * T, rq, live, HAS_BIAS)
+    lse = load_lse(LSE + h.to(tl.int64) * T, rq, live, NATURAL)
     if HAS_BIAS or CAUSAL:
         pq = tl.load(POSITIONS + rq)
     if CAUSAL:
@@ -268,7 +271,7 @@ def attention_short_bwd_kernel(
             bias = load_bias(BIAS + h.to(tl.int64) * bias_h, bias_rows, pk)
         s = scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, score_scale, HAS_BIAS)
         key_live = jk < n
-        p = exp_of(s + tl.where(key_live, 0.0, float("-inf"))[None, :] - lse[:, None], HAS_BIAS)
+        p = exp_of(s + tl.where(key_live, 0.0, float("-inf"))[None, :] - lse[:, None], NATURAL)
         if CAUSAL:
             p = tl.where((pk[None, :] <= pq[:, None]) | (pk < seen_by_all)[None, :], p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

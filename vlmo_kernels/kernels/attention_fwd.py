@@ -112,8 +112,18 @@ def load_bias(bias_of_head, bias_rows, pk):
 
 
 @triton.jit
+def natural_units(X, HAS_BIAS: tl.constexpr):
+    """Whether scores are held in natural units, or in those of log2(e), where exp2 needs no factor.
+
+    With a bias the factor must follow the subtraction of the peak: masks of finfo.min would overflow
+    before it. In fp32 it must too: it is a rounding of size |score| * eps, which makes gradients twice
+    as inexact as eager's.
+    """
+    return HAS_BIAS or X.dtype.element_ty == tl.float32
+
+
+@triton.jit
 def scores(dot, bias, score_scale, HAS_BIAS: tl.constexpr):
-    """Scores in natural units with a bias, in units of log2(e) without: there the factor is free."""
     if HAS_BIAS:
         return dot * score_scale + bias
     else:
@@ -121,9 +131,8 @@ def scores(dot, bias, score_scale, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def exp_of(difference, HAS_BIAS: tl.constexpr):
-    # With a bias the factor comes after the subtraction: masks of finfo.min would overflow before it.
-    if HAS_BIAS:
+def exp_of(difference, NATURAL: tl.constexpr):
+    if NATURAL:
         return tl.exp2(difference * LOG2E)
     else:
         return tl.exp2(difference)
@@ -141,6 +150,7 @@ def attention_fwd_kernel(
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (query tile, head). O `[T, H, DH]`, LSE fp32 `[H, T]` (natural log), by packed row."""
+    NATURAL: tl.constexpr = natural_units(Q, HAS_BIAS)
     pid = tl.program_id(0)
     h = pid % H
     hk = h // GROUP
@@ -191,15 +201,15 @@ def attention_fwd_kernel(
         shift = new_peak
         if HAS_BIAS or CAUSAL:  # a query may have seen no key yet: -inf - -inf is NaN
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = exp_of(s - shift[:, None], HAS_BIAS)
-        rescale = exp_of(peak - shift, HAS_BIAS)
+        p = exp_of(s - shift[:, None], NATURAL)
+        rescale = exp_of(peak - shift, NATURAL)
         total = total * rescale + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         peak = new_peak
 
     blind = total == 0.0  # no visible key: o = 0, lse = -inf
     acc = acc * (1.0 / tl.where(blind, 1.0, total))[:, None]
-    if HAS_BIAS:
+    if NATURAL:
         lse = peak + tl.log2(total) * LN2
     else:
         lse = (peak + tl.log2(total)) * LN2

@@ -118,7 +118,7 @@ def forward(
     with torch.cuda.device_of(q):
         attention_fwd_kernel[(tiles * heads,)](
             q, k, v, o, lse, seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix),
-            _score_scale(scale, bias), batch, tokens, tiles_per_sample, *strides, *_bias_strides(bias),
+            _score_scale(scale, q, bias), batch, tokens, tiles_per_sample, *strides, *_bias_strides(bias),
             HAS_BIAS=bias is not None,
             **_constants(q, k, bias, align, causal, prefix),
             **_launch(config),
@@ -157,7 +157,7 @@ def backward(
     align, strides = _strides(q, k, v, *grads)
     constants = _constants(q, k, bias, align, causal, prefix)
     tables = (seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix))
-    factors = (scale, _score_scale(scale, bias), batch, tokens)
+    factors = (scale, _score_scale(scale, q, bias), batch, tokens)
     pick = _picked_by(q, seqs, bias)
     short = config_for("short", **pick) if k.shape[1] == heads else None
     dbias = None
@@ -256,8 +256,9 @@ def _prefix(causal: bool, prefix: Optional) -> Optional:
     return prefix if causal else None
 
 
-def _score_scale(scale: float, bias: Optional) -> float:
-    return scale * LOG2E if bias is None else scale
+def _score_scale(scale: float, q: torch.Tensor, bias: Optional) -> float:
+    natural = bias is not None or q.dtype == torch.float32  # attention_fwd.natural_units
+    return scale if natural else scale * LOG2E
 
 
 def _constants(q, k, bias: Optional, align: int, causal: bool, prefix: Optional) -> dict:

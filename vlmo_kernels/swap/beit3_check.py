@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -15,16 +16,17 @@ _ACTIVATIONS = (("gelu", F.gelu), ("relu", F.relu), ("silu", F.silu))
 
 def recognises(module: nn.Module) -> bool:
     """Whether a module has the parts of a multiway encoder, under their names."""
-    layers = getattr(module, "layers", None)
+    layers = module._modules.get("layers")
     if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(module, "forward_embedding"):
         return False
-    return all(isinstance(_at(layers[0], f"{path}.{e}"), nn.Module) for path in _LINEARS for e in "AB")
+    attn = getattr(layers[0], "self_attn", None)  # also through a wrapper, to name it in the report
+    return all(isinstance(_at(attn, f"{p.partition('.')[2]}.{e}"), nn.Module) for p in _LINEARS for e in "AB")
 
 
 def why_not(encoder: nn.Module) -> str | None:
     """Why the kernels would not compute what this encoder computes, or None."""
     cls = type(encoder)._made_of[1] if is_swapped(encoder) else type(encoder)
-    if "forward" in vars(encoder) or not _defined_by(cls.forward, "Encoder"):
+    if "forward" in vars(encoder) or not _defines(cls, "forward", "Encoder"):
         return f"{cls.__name__} has another forward than torchscale's Encoder"
     if getattr(encoder, "relative_position", None) is not None:
         return "relative_position: the kernels have no bias by buckets"
@@ -61,7 +63,7 @@ def _layer(layer: nn.Module) -> str | None:
         return "a mixture-of-experts layer, which the kernels do not have"
     if not layer.normalize_before:
         return "post-norm (normalize_before is false), the kernels have pre-norm"
-    if layer.alpha != 1.0 or not _defined_by(type(layer).residual_connection, "EncoderLayer"):
+    if layer.alpha != 1.0 or not _defines(type(layer), "residual_connection", "EncoderLayer"):
         return "the residual is scaled (deepnorm), which the kernels do not do"
     if getattr(attn, "xpos", None) is not None:
         return "self_attn.xpos: the kernels have no rotary positions"
@@ -151,17 +153,18 @@ def _plain(owner: nn.Module, path: str, kind: type) -> str | None:
     return None
 
 
-def _own_forward(module: nn.Module, name: str) -> str | None:
+def _own_forward(module: nn.Module | None, name: str) -> str | None:
     """A subclass that computes something else, or a wrapper."""
     cls = type(module)
-    if _defined_by(cls.forward, name):
+    if _defines(cls, "forward", name):
         return None
     return f"{cls.__name__} has another forward than torchscale's {name}"
 
 
-def _defined_by(method, name: str) -> bool:
-    """By the name of its class, since torchscale is not imported."""
-    return getattr(method, "__qualname__", "").rpartition(".")[0] == name
+@torch.compiler.assume_constant_result
+def _defines(cls: type, method: str, name: str) -> bool:
+    """Whether a class takes a method from the class called `name`: torchscale is never imported."""
+    return getattr(getattr(cls, method, None), "__qualname__", "") == f"{name}.{method}"
 
 
 def _untouched(root: nn.Module, name: str) -> str | None:

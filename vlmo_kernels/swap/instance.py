@@ -66,7 +66,7 @@ def not_plain(owner: nn.Module, path: str, kind: type) -> str | None:
         if has_hooks(child):
             return f"{path if child is not owner else name} carries hooks, which the kernels would not run"
     if type(child) is not kind:
-        return f"{path} is a {type(child).__name__}, not a plain {kind.__name__} (adapter, parametrisation or quantisation?)"
+        return f"{path} is a {type(child).__name__}, not a plain {kind.__name__} (adapter or parametrisation?)"
     weight = child.weight
     if weight is not None and not weight.is_floating_point():
         return f"{path}.weight is quantised ({weight.dtype})"
