@@ -1,13 +1,14 @@
 """The rule of `numerics`, applied to a whole problem: its outputs and the gradient of every leaf.
 
-The largest of a few errors is chance. So the errors of one result are judged together over all cases and
-experts, each tensor first brought to the same magnitude by a power of two, which rounds nothing.
+The largest of a few errors is chance. So the errors of one result are judged together over all cases,
+seeds and experts, each tensor first brought to the same magnitude by a power of two, which rounds nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import product
 
 import torch
 
@@ -20,7 +21,7 @@ ZERO = FLOOR_EPS[torch.float64][0] * torch.finfo(torch.float64).eps  # what fp64
 
 def assert_problem_as_eager(
     problem: Problem, cases: Iterable[Case], dtype: torch.dtype, ours: Callable[..., Outputs] | None = None,
-    impl: str = "reference", static: bool = False,
+    impl: str = "reference", static: bool = False, seeds: int = 3,
 ) -> None:  # fmt: skip
     """Assert that results and gradients are as close to the fp64 reference as eager torch is.
 
@@ -31,9 +32,10 @@ def assert_problem_as_eager(
         ours: a function in place of `problem.ours`, to test the checker with.
         impl: implementation under test.
         static: plan with dead rows.
+        seeds: how often every case is drawn.
     """
     failures = []
-    for name, (actual, expected, eager) in compared(problem, cases, dtype, ours, impl, static).items():
+    for name, (actual, expected, eager) in compared(problem, cases, dtype, ours, impl, static, seeds).items():
         try:
             assert_close_as_eager(actual, expected, eager, name)
         except AssertionError as failure:
@@ -43,7 +45,7 @@ def assert_problem_as_eager(
 
 def compared(
     problem: Problem, cases: Iterable[Case], dtype: torch.dtype, ours: Callable[..., Outputs] | None,
-    impl: str, static: bool,
+    impl: str, static: bool, seeds: int,
 ) -> dict[str, list[torch.Tensor]]:  # fmt: skip
     """Result name to flat (actual, fp64 reference, eager) of all cases and experts."""
     pools: dict[str, list[list[torch.Tensor]]] = {}
@@ -54,8 +56,8 @@ def compared(
         factor = _to_magnitude_one(expected)
         pools.setdefault(name, []).append([(t * factor).flatten() for t in (actual, expected, eager)])
 
-    for case in cases:
-        leaves = problem.leaves(case, dtype)
+    for case, seed in product(cases, range(seeds)):
+        leaves = problem.leaves(case, dtype, seed)
         expected, right = problem.run(problem.ours, in_fp64(leaves), case, case.layout(), "reference")
         unfused, unfused_grads = problem.run(problem.eager, leaves, case)
         values, grads = problem.run(ours or problem.ours, leaves, case, case.layout(static), impl)

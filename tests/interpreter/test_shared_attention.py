@@ -116,7 +116,6 @@ class Problem:
         if self.case.bias == "hiding":
             bias[:, :, ::3] = -torch.inf
             bias[0, 1] = -torch.inf  # a query that sees nothing
-            bias[:, 2] = torch.finfo(torch.float32).min  # one that sees everything alike
         return bias.to(self.case.dtype if self.case.bias == "same" else torch.float32)
 
     def forward(self, module, dtype: torch.dtype | None = None, **changed):
@@ -203,10 +202,10 @@ def test_views_of_one_qkv_buffer(bound: int | None) -> None:
 
 def test_any_strides() -> None:
     problem = Problem(Case(PAIRS, bias="fp32", text_room=9))
-    scattered = {n: getattr(problem, n).permute(2, 1, 0).contiguous().permute(2, 1, 0) for n in ("q", "k", "v", "do")}
-    for name, t in scattered.items():
-        assert t.stride(-1) != 1
-        setattr(problem, name, t)
+    for name in ("q", "k", "v", "do"):
+        scattered = getattr(problem, name).permute(2, 1, 0).contiguous().permute(2, 1, 0)
+        assert scattered.stride(-1) != 1
+        setattr(problem, name, scattered)
     problem.bias = problem.bias.transpose(1, 2)
     out = tuple(torch.full_like(t, torch.nan) for t in (problem.q, problem.k, problem.v))
     o, lse = problem.forward(kernels)
@@ -215,7 +214,23 @@ def test_any_strides() -> None:
     check(problem, (o, lse, *out, dbias))
 
 
-@pytest.mark.parametrize("samples", [(), ((0, 0),), ((0, 0), (0, 0))], ids=["no sample", "one empty", "all empty"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_finite_masks_of_any_size(dtype: torch.dtype) -> None:
+    """A row of finfo.min attends to all keys alike, as torch.softmax has it; it must not overflow to -inf.
+
+    Against torch, not the reference: its log-sum-exp cannot hold finfo.min + log(n).
+    """
+    problem = Problem(Case(((0, 9),), bias="fp32", dtype=dtype))
+    problem.bias[:, 2] = torch.finfo(torch.float32).min
+    row = 2
+    expected = problem.v.double().mean(0)
+    plain = problem.v.mean(0)
+    assert_close_as_eager(problem.forward(kernels)[0][row], expected, plain, "o")
+
+
+@pytest.mark.parametrize(
+    "samples", [(), ((0, 0),), ((0, 0), (0, 0))], ids=["no sample", "one empty", "all empty"]
+)
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_nothing_live(samples, tokens: int) -> None:
     ids = torch.full((len(samples), 3), -1)

@@ -84,7 +84,7 @@ def test_dropout_stands_before_the_residual():
 
 def test_shared_attention_names_and_one_sample_alone():
     m, x = randomise(SharedAttention(16, 2)), rows()
-    assert sorted(m.state_dict()) == ["proj.bias", "proj.weight", "q_bias", "qkv.weight", "v_bias"]
+    assert sorted(m.state_dict()) == ["proj.bias", "proj.weight", "qkv.bias", "qkv.weight"]
     alone = ModalityLayout.from_lengths({"text": 5, "image": 4})
     y = LAYOUT.unpack(m(x, LAYOUT))[0, :9]
     one = LAYOUT.unpack(x)[0, :9]
@@ -100,7 +100,7 @@ def test_block_equals_the_functional_form():
     params = MoMEBlockParams(
         heads=2,
         norm1=([norm1.weight], [norm1.bias]),
-        qkv=([attn.qkv.weight], [attn.qkv_bias()]),
+        qkv=([attn.qkv.weight], [attn.qkv.bias]),
         proj=([attn.proj.weight], [attn.proj.bias]),
         norm2=([n.weight for n in norms], [n.bias for n in norms]),
         w1=[m.fc1.weight for m in mlps],

@@ -39,8 +39,9 @@ def model(seed: int = 0, **settings) -> BEiT3:
 
 
 def batch(mode: str, dtype: torch.dtype = torch.float32) -> dict:
-    torch.manual_seed(1)
-    image, text = torch.randn(BATCH, 3, 8, 8), torch.randint(0, 50, (BATCH, TEXT))
+    seed = torch.Generator().manual_seed(1)
+    image = torch.randn(BATCH, 3, 8, 8, generator=seed)
+    text = torch.randint(0, 50, (BATCH, TEXT), generator=seed)
     given: dict = {}
     if mode.startswith(("image", "both")):
         given["visual_tokens"] = image.to(dtype)
@@ -78,8 +79,8 @@ def run(net: BEiT3, mode: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     dtype = next(net.parameters()).dtype
     net.zero_grad()
     out = net(**batch(mode, dtype))["encoder_out"][valid(mode)]
-    torch.manual_seed(2)
-    out.backward(torch.randn(out.shape, dtype=torch.float64).to(dtype))
+    seed = torch.Generator().manual_seed(2)
+    out.backward(torch.randn(out.shape, dtype=torch.float64, generator=seed).to(dtype))
     return out.detach(), {
         n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in net.named_parameters()
     }
@@ -155,9 +156,8 @@ def test_the_dictionary_is_the_original_one() -> None:
     given = batch("both_padded")
     x = torch.randn(BATCH, PATCHES + TEXT, 32)
     padding = ~valid("both_padded")
-    arguments = dict(
-        src_tokens=None, token_embeddings=x, encoder_padding_mask=padding, multiway_split_position=PATCHES
-    )
+    arguments = dict(src_tokens=None, token_embeddings=x, encoder_padding_mask=padding)
+    arguments["multiway_split_position"] = PATCHES
     ours = swapped(plain).encoder(**arguments, return_all_hiddens=True)
     theirs = plain.encoder(**arguments, return_all_hiddens=True)
     assert ours.keys() == theirs.keys()
@@ -190,7 +190,7 @@ def test_an_expert_without_tokens_gets_zeros(mode: str, idle: str) -> None:
     ours = swapped(model())
     ours(**batch(mode))["encoder_out"].sum().backward()
     grads = {n: p.grad for n, p in ours.encoder.named_parameters() if idle in n and "embed_" not in n}
-    assert len(grads) == 2 * 18 + 2
+    assert len(grads) == 2 * 20 + 2
     assert all(g is not None and not g.any() for g in grads.values())
 
 
@@ -237,19 +237,21 @@ def test_drop_path_trains_and_drops_whole_samples() -> None:
     torch.testing.assert_close(output(ours)[at], output(plain.eval())[at])
 
 
-def test_drop_path_has_the_distribution_of_the_original() -> None:
-    """With one layer and rate 0.5 a sample's output is one of four; both models give the same four."""
-    plain = model(encoder_layers=1, subln=False, drop_path_rate=0.5).train()
+def test_drop_path_drops_what_the_original_drops() -> None:
+    """One layer has two branches, each dropped for a whole sample or doubled: both models give the same four."""
+    plain = model(encoder_layers=1, drop_path_rate=0.5)
     plain.encoder.layers[0].drop_path.drop_prob = 0.5
-    ours = swapped(plain)
-    seen = [{tuple(row) for _ in range(40) for row in draw(net)} for net in (plain, ours)]
-    assert seen[0] == seen[1]
-    assert len(seen[0]) == 4 * BATCH
+    assert kept_branches(swapped(plain)) == kept_branches(plain)
+    assert len(kept_branches(plain)) == 4
 
 
-def draw(net: nn.Module) -> list[list[float]]:
-    """One coordinate pair of every sample, rounded: enough to tell which branches were kept."""
-    return output(net, "both")[:, 0, :2].mul(100).round().tolist()
+def kept_branches(net: BEiT3) -> set[tuple[float, ...]]:
+    """What becomes of 64 equal samples, rounded."""
+    torch.manual_seed(3)
+    x = torch.randn(PATCHES, 32).expand(64, PATCHES, 32)
+    with torch.no_grad():
+        out = net.encoder(None, token_embeddings=x, multiway_split_position=2)["encoder_out"]
+    return {tuple(sample) for sample in out.flatten(1).mul(100).round().add(0.0).tolist()}
 
 
 # ---------------------------------------------------------------------- life of a swapped model
@@ -384,7 +386,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "reason"), CHANGES, ids=lambda c: getattr(c, "__name__", ""))
+@pytest.mark.parametrize(("change", "reason"), CHANGES, ids=[c.__name__ for c, _ in CHANGES])
 def test_changed_encoders_are_left_alone_and_named(change, reason: str) -> None:
     changed = model()
     change(changed)
@@ -393,7 +395,7 @@ def test_changed_encoders_are_left_alone_and_named(change, reason: str) -> None:
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize(("settings", "reason"), SETTINGS, ids=lambda c: ",".join(c)[: 99 * isinstance(c, dict)])
+@pytest.mark.parametrize(("settings", "reason"), SETTINGS, ids=[",".join(s) for s, _ in SETTINGS])
 def test_settings_without_kernels_are_left_alone_and_named(settings: dict, reason: str) -> None:
     with pytest.raises(ValueError, match="encoder: ") as error:
         swap(model(**settings))

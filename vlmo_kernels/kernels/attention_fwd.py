@@ -133,7 +133,7 @@ def scores(dot, bias, score_scale, HAS_BIAS: tl.constexpr):
 @triton.jit
 def exp_of(difference, NATURAL: tl.constexpr):
     if NATURAL:
-        return tl.exp2(difference * LOG2E)
+        return tl.exp(difference)
     else:
         return tl.exp2(difference)
 
@@ -210,7 +210,7 @@ def attention_fwd_kernel(
     blind = total == 0.0  # no visible key: o = 0, lse = -inf
     acc = acc * (1.0 / tl.where(blind, 1.0, total))[:, None]
     if NATURAL:
-        lse = peak + tl.log2(total) * LN2
+        lse = peak + tl.log(total)
     else:
         lse = (peak + tl.log2(total)) * LN2
     live = jq < n

@@ -25,13 +25,14 @@ from .activations import activate
 
 
 class Config(NamedTuple):
-    """Tile sizes: BM rows by BN columns, BK of the contraction a step."""
+    """Tile sizes: BM rows by BN columns, BK of the contraction a step; the epilogue takes 1/parts of the columns."""
 
     bm: int
     bn: int
     bk: int
     warps: int
     stages: int
+    parts: int = 1
 
 
 def config_for(dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int, int] | None) -> Config:
@@ -42,14 +43,15 @@ def config_for(dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int
     memory ends at 99 KB (sm_86, sm_89, sm_120). Few rows: half the tile height, to fill the SMs.
     """
     if capability is None:
-        return Config(32, 32, 16, 4, 2)  # several tiles along every side of a small test
+        return Config(32, 32, 16, 4, 2, parts=4 if gated else 2)  # several tiles along every side of a small test
     if dtype == torch.float32:
-        return Config(64, 64, 32, 4, 3)
+        return Config(64, 32 if gated else 64, 32, 4, 3, parts=2)
     small_memory = capability in ((8, 6), (8, 9)) or capability[0] == 12
     bn = 64 if gated and small_memory else 128
+    parts = 4 if gated else 2
     if rows <= 1024:
-        return Config(64, bn, 64, 4, 3)
-    return Config(128, bn, 64, 8, 3)
+        return Config(64, bn, 64, 4, 3, parts)
+    return Config(128, bn, 64, 8, 3, parts)
 
 
 # ---------------------------------------------------------------- device functions shared with gemm_grad.py
@@ -184,7 +186,54 @@ def load_vector(pointers, segment, cols, N: tl.constexpr, COUNT: tl.constexpr, M
     return tl.load(select(pointers, segment, COUNT) + cols, mask=here, other=OTHER).to(tl.float32)
 
 
+@triton.jit
+def columns_in_parts(acc, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
+    """Tuple of the 2 or 4 equal runs of columns of `acc` `[BM, BN]`; no data moves."""
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+    if PARTS == 2:
+        return left, right
+    a, b = tl.split(tl.permute(tl.reshape(left, (BM, 2, BN // 4)), (0, 2, 1)))
+    c, d = tl.split(tl.permute(tl.reshape(right, (BM, 2, BN // 4)), (0, 2, 1)))
+    return a, b, c, d
+
+
 # ---------------------------------------------------------------- the kernel
+
+
+@triton.jit
+def _store(
+    acc, up, first, end, segment, column, BIAS, BIAS_UP, GAMMA, ROW_SCALE, RESIDUAL, Y, PRE, UP, stride_residual,
+    N: tl.constexpr, SEGMENTS: tl.constexpr, BIAS_MASK: tl.constexpr, BIAS_UP_MASK: tl.constexpr,
+    GAMMA_MASK: tl.constexpr, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, SAVE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of `gemm_kernel` for rows `first` to `end` and BN columns from `column`."""
+    row = tl.arange(0, BM)
+    cols = column + tl.arange(0, BN)
+    inside = (row < end - first)[:, None] & (cols < N)[None, :]
+    base = first.to(tl.int64) * N  # 64 bits once a tile; inside one, offsets fit in 32
+    at = row[:, None] * N + cols[None, :]
+    if BIAS_MASK:
+        acc += load_vector(BIAS, segment, cols, N, SEGMENTS, BIAS_MASK, 0.0)[None, :]
+    if SAVE:
+        tl.store(PRE + base + at, acc.to(PRE.dtype.element_ty), mask=inside)
+    acc = activate(acc, ACTIVATION, EXACT)
+    if IS_GATED:
+        if BIAS_UP_MASK:
+            up += load_vector(BIAS_UP, segment, cols, N, SEGMENTS, BIAS_UP_MASK, 0.0)[None, :]
+        if SAVE:
+            tl.store(UP + base + at, up.to(UP.dtype.element_ty), mask=inside)
+        acc *= up
+    if GAMMA_MASK:
+        acc *= load_vector(GAMMA, segment, cols, N, SEGMENTS, GAMMA_MASK, 1.0)[None, :]
+    if HAS_ROW_SCALE:
+        acc *= tl.load(ROW_SCALE + first + row, mask=row < end - first, other=0.0)[:, None]
+    if HAS_RESIDUAL:
+        residual = RESIDUAL + first.to(tl.int64) * stride_residual
+        residual += row[:, None] * stride_residual + cols[None, :]
+        acc += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    tl.store(Y + base + at, acc.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -195,6 +244,7 @@ def gemm_kernel(
     ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, SAVE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """X `[T, K]` rows `stride_x` apart; W, W_UP tuples of `[N, K]`; Y, PRE, UP `[T, N]` contiguous.
 
@@ -210,6 +260,7 @@ def gemm_kernel(
         # Past the segment's end re-read its last row: always readable, never stored, and no mask in the main loop.
         readable = tl.minimum(rows, end - 1)
         acc = tl.zeros((BM, BN), tl.float32)
+        up = acc
         w = select(W, segment, SEGMENTS)
         if IS_GATED:
             up = tl.zeros((BM, BN), tl.float32)
@@ -218,28 +269,24 @@ def gemm_kernel(
         else:
             acc = accumulate(acc, X, stride_x, w, readable, cols, N, K, BK, True, PRECISION)
 
-        inside = (rows < end)[:, None] & (cols < N)[None, :]
-        wide_rows = rows.to(tl.int64)
-        at = wide_rows[:, None] * N + cols[None, :]
-        if BIAS_MASK:
-            acc += load_vector(BIAS, segment, cols, N, SEGMENTS, BIAS_MASK, 0.0)[None, :]
-        if SAVE:
-            tl.store(PRE + at, acc.to(PRE.dtype.element_ty), mask=inside)
-        acc = activate(acc, ACTIVATION, EXACT)
-        if IS_GATED:
-            if BIAS_UP_MASK:
-                up += load_vector(BIAS_UP, segment, cols, N, SEGMENTS, BIAS_UP_MASK, 0.0)[None, :]
-            if SAVE:
-                tl.store(UP + at, up.to(UP.dtype.element_ty), mask=inside)
-            acc *= up
-        if GAMMA_MASK:
-            acc *= load_vector(GAMMA, segment, cols, N, SEGMENTS, GAMMA_MASK, 1.0)[None, :]
-        if HAS_ROW_SCALE:
-            acc *= tl.load(ROW_SCALE + rows, mask=rows < end, other=0.0)[:, None]
-        if HAS_RESIDUAL:
-            residual = RESIDUAL + wide_rows[:, None] * stride_residual + cols[None, :]
-            acc += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
-        tl.store(Y + at, acc.to(Y.dtype.element_ty), mask=inside)
+        # A part of the columns at a time: the epilogue's operands for a whole tile do not fit in registers.
+        if PARTS == 1:
+            _store(
+                acc, up, first, end, segment, column_tile * BN, BIAS, BIAS_UP, GAMMA, ROW_SCALE, RESIDUAL, Y, PRE,
+                UP, stride_residual, N, SEGMENTS, BIAS_MASK, BIAS_UP_MASK, GAMMA_MASK, ACTIVATION, IS_GATED, SAVE,
+                HAS_ROW_SCALE, HAS_RESIDUAL, EXACT, BM, BN,
+            )  # fmt: skip
+        else:
+            parts = columns_in_parts(acc, BM, BN, PARTS)
+            up_parts = parts
+            if IS_GATED:
+                up_parts = columns_in_parts(up, BM, BN, PARTS)
+            for i in tl.static_range(PARTS):
+                _store(
+                    parts[i], up_parts[i], first, end, segment, column_tile * BN + i * (BN // PARTS), BIAS, BIAS_UP,
+                    GAMMA, ROW_SCALE, RESIDUAL, Y, PRE, UP, stride_residual, N, SEGMENTS, BIAS_MASK, BIAS_UP_MASK,
+                    GAMMA_MASK, ACTIVATION, IS_GATED, SAVE, HAS_ROW_SCALE, HAS_RESIDUAL, EXACT, BM, BN // PARTS,
+                )  # fmt: skip
 
 
 # ---------------------------------------------------------------- host
@@ -357,6 +404,6 @@ def gemm(
             ACTIVATION=activation, IS_GATED=gated, SAVE=save,
             HAS_ROW_SCALE=row_scale is not None, HAS_RESIDUAL=residual is not None,
             EXACT=x.dtype == torch.float32, PRECISION=precision_of(x.dtype),
-            BM=c.bm, BN=c.bn, BK=c.bk, num_warps=c.warps, num_stages=c.stages,
+            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return y, pre, up

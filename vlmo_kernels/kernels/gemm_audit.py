@@ -10,6 +10,7 @@ from . import bias_grad, inner_norm
 from .gemm import Config, config_for, gemm_kernel
 from .gemm_grad import (
     REDUCE_COLUMNS,
+    input_config_for,
     input_grad_kernel,
     reduce_weight_grad_kernel,
     weight_config_for,
@@ -59,8 +60,8 @@ def _configs(choose) -> list[tuple[Config, tuple[int, ...]]]:
     return [(c, tuple(archs)) for c, archs in by_config.items()]
 
 
-def _tile(c: Config) -> dict[str, int]:
-    return dict(BM=c.bm, BN=c.bn, BK=c.bk)
+def _tile(c: Config, epilogue: bool = True) -> dict[str, int]:
+    return dict(BM=c.bm, BN=c.bn, BK=c.bk) | (dict(PARTS=c.parts) if epilogue else {})
 
 
 def _gemm(
@@ -113,7 +114,7 @@ def _input_grad(
             input_grad_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
             divisible=divisible, archs=archs,
         )
-        for c, archs in _configs(lambda capability: config_for(dtype, rows, False, capability))
+        for c, archs in _configs(lambda capability: input_config_for(dtype, rows, gated, capability))
     ]  # fmt: skip
 
 
@@ -126,9 +127,9 @@ def _weight_grad(name, dtype, n, k, partial, precision="ieee", divisible=("strid
     return [
         AuditCase(
             weight_grad_kernel, f"weight grad {name} {TYPES[dtype]} N={n} K={k} {c.bm}x{c.bn}", signature,
-            constants | _tile(c), c.warps, c.stages, divisible=divisible, archs=archs,
+            constants | _tile(c, False), c.warps, c.stages, divisible=divisible, archs=archs,
         )
-        for c, archs in _configs(lambda capability: weight_config_for(dtype, capability))
+        for c, archs in _configs(lambda capability: weight_config_for(dtype, bool(divisible), capability))
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from .gemm import (
     Config,
     accumulate,
     capability,
+    columns_in_parts,
     config_for,
     count_row_tiles,
     flag,
@@ -42,12 +43,51 @@ REDUCE_COLUMNS = 1024  # columns a step of `reduce_weight_grad_kernel`
 
 
 @triton.jit
+def _store(
+    acc, row_tile, first, end, column, ROW_SCALE, PRE, UP, DX, DX_UP, H, DB, DB_UP, N: tl.constexpr,
+    ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, SAVE_H: tl.constexpr,
+    SAVE_DB: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of `input_grad_kernel` for rows `first` to `end` and BN columns from `column`."""
+    row = tl.arange(0, BM)
+    cols = column + tl.arange(0, BN)
+    inside = (row < end - first)[:, None] & (cols < N)[None, :]
+    base = first.to(tl.int64) * N
+    at = row[:, None] * N + cols[None, :]
+    sums = row_tile.to(tl.int64) * N + cols
+    if HAS_ROW_SCALE:
+        scale = tl.load(ROW_SCALE + first + row, mask=row < end - first, other=0.0)[:, None]
+        acc *= scale
+    if ACTIVATION != "none":
+        pre = tl.load(PRE + base + at, mask=inside, other=0.0).to(tl.float32)
+        value, slope = activate_with_derivative(pre, ACTIVATION, EXACT)
+        hidden = value
+        if IS_GATED:
+            up = tl.load(UP + base + at, mask=inside, other=0.0).to(tl.float32)
+            hidden *= up
+            d_up = acc * value
+            acc *= up
+            tl.store(DX_UP + base + at, d_up.to(DX_UP.dtype.element_ty), mask=inside)
+            if SAVE_DB:
+                tl.store(DB_UP + sums, tl.sum(tl.where(inside, d_up, 0.0), 0), mask=cols < N)
+        acc *= slope
+        if SAVE_H:
+            if HAS_ROW_SCALE:
+                hidden *= scale
+            tl.store(H + base + at, hidden.to(H.dtype.element_ty), mask=inside)
+    tl.store(DX + base + at, acc.to(DX.dtype.element_ty), mask=inside)
+    if SAVE_DB:
+        tl.store(DB + sums, tl.sum(tl.where(inside, acc, 0.0), 0), mask=cols < N)
+
+
+@triton.jit
 def input_grad_kernel(
     DY, W, DY_UP, W_UP, ROW_SCALE, PRE, UP, DX, DX_UP, H, DB, DB_UP, OFFSETS, T, stride_dy, stride_dy_up,
     N: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, SEGMENTS: tl.constexpr, GROUPS_TOTAL: tl.constexpr,
     ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
     SAVE_H: tl.constexpr, SAVE_DB: tl.constexpr, ZERO_TAIL: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """d = row_scale * (DY @ w [+ DY_UP @ w_up]); DY, DY_UP `[T, K]`; w, w_up tuples of `[K, N]`; outputs `[T, N]`.
 
@@ -71,33 +111,19 @@ def input_grad_kernel(
             w_up = select(W_UP, segment, SEGMENTS)
             acc = accumulate(acc, DY_UP, stride_dy_up, w_up, readable, cols, N, K, BK, False, PRECISION)
 
-        inside = (rows < end)[:, None] & (cols < N)[None, :]
-        at = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        if HAS_ROW_SCALE:
-            scale = tl.load(ROW_SCALE + rows, mask=rows < end, other=0.0)[:, None]
-            acc *= scale
-        if ACTIVATION != "none":
-            pre = tl.load(PRE + at, mask=inside, other=0.0).to(tl.float32)
-            value, slope = activate_with_derivative(pre, ACTIVATION, EXACT)
-            hidden = value
-            if IS_GATED:
-                up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
-                hidden *= up
-                d_up = acc * value
-                acc *= up
-                tl.store(DX_UP + at, d_up.to(DX_UP.dtype.element_ty), mask=inside)
-                if SAVE_DB:
-                    partial = tl.sum(tl.where(inside, d_up, 0.0), 0)
-                    tl.store(DB_UP + row_tile.to(tl.int64) * N + cols, partial, mask=cols < N)
-            acc *= slope
-            if SAVE_H:
-                if HAS_ROW_SCALE:
-                    hidden *= scale
-                tl.store(H + at, hidden.to(H.dtype.element_ty), mask=inside)
-        tl.store(DX + at, acc.to(DX.dtype.element_ty), mask=inside)
-        if SAVE_DB:
-            partial = tl.sum(tl.where(inside, acc, 0.0), 0)
-            tl.store(DB + row_tile.to(tl.int64) * N + cols, partial, mask=cols < N)
+        if PARTS == 1:
+            _store(
+                acc, row_tile, first, end, column_tile * BN, ROW_SCALE, PRE, UP, DX, DX_UP, H, DB, DB_UP, N,
+                ACTIVATION, IS_GATED, HAS_ROW_SCALE, SAVE_H, SAVE_DB, EXACT, BM, BN,
+            )  # fmt: skip
+        else:
+            parts = columns_in_parts(acc, BM, BN, PARTS)
+            for i in tl.static_range(PARTS):
+                _store(
+                    parts[i], row_tile, first, end, column_tile * BN + i * (BN // PARTS), ROW_SCALE, PRE, UP, DX,
+                    DX_UP, H, DB, DB_UP, N, ACTIVATION, IS_GATED, HAS_ROW_SCALE, SAVE_H, SAVE_DB, EXACT, BM,
+                    BN // PARTS,
+                )  # fmt: skip
 
     if ZERO_TAIL:
         live = tl.load(OFFSETS + GROUPS_TOTAL)
@@ -223,6 +249,14 @@ class InputGrad(NamedTuple):
     tile_rows: int
 
 
+def input_config_for(
+    dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int, int] | None
+) -> Config:
+    """The forward's tiles with one accumulator; a gated epilogue keeps six values an element, so it takes quarters."""
+    c = config_for(dtype, rows, False, capability)
+    return c._replace(parts=4) if gated else c
+
+
 def input_grad(
     dy: torch.Tensor,
     weights: list[torch.Tensor],
@@ -250,7 +284,7 @@ def input_grad(
     n = weights[0].shape[1]
     dy = row_major(dy)
     dy_up = None if dy_up is None else row_major(dy_up)
-    c = config_for(dy.dtype, rows, False, capability(dy.device))
+    c = input_config_for(dy.dtype, rows, up is not None, capability(dy.device))
     experts = [e for _, _, e in route.segments]
     row_tiles = row_tile_bound(rows, len(experts), c.bm)
 
@@ -279,15 +313,17 @@ def input_grad(
             HAS_SECOND=dy_up is not None, HAS_ROW_SCALE=row_scale is not None,
             SAVE_H=save_hidden, SAVE_DB=save_db, ZERO_TAIL=zero_tail,
             EXACT=dy.dtype == torch.float32, PRECISION=precision_of(dy.dtype),
-            BM=c.bm, BN=c.bn, BK=c.bk, num_warps=c.warps, num_stages=c.stages,
+            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return out
 
 
-def weight_config_for(dtype: torch.dtype, capability: tuple[int, int] | None) -> Config:
-    """Tiles of the weight gradient: BM of N, BN of K, BK rows a step."""
+def weight_config_for(dtype: torch.dtype, aligned: bool, capability: tuple[int, int] | None) -> Config:
+    """Tiles of the weight gradient: BM of N, BN of K, BK rows a step. `aligned`: rows start at 16 bytes."""
     if capability is None:
         return Config(32, 32, 16, 4, 2)
+    if not aligned:  # tiles travel through registers, and 128x128 spills 116 bytes
+        return Config(64, 64, 32, 4, 2)
     if dtype == torch.float32:
         return Config(64, 64, 32, 4, 3)
     return Config(128, 128, 64, 8, 3)
@@ -335,7 +371,8 @@ def weight_grad(
     # Parts of one expert lie side by side, in row order: the reduction adds them in this order.
     segments = tuple(s for e in experts for s in route.segments if s[2] == e)
     dy, x = row_major(dy), row_major(x)
-    c = weight_config_for(dy.dtype, capability(dy.device))
+    aligned = all(t.stride(0) * t.element_size() % 16 == 0 for t in (dy, x))
+    c = weight_config_for(dy.dtype, aligned, capability(dy.device))
     tiles = triton.cdiv(n, c.bm) * triton.cdiv(k, c.bn)
     splits = splits_for(dy.shape[0], tiles, c.bk, processors(dy.device))
     has_gamma = gamma is not None and any(gamma[e] is not None for e in experts)

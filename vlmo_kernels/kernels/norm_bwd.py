@@ -6,6 +6,15 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _factor(weight, column, in_row, KIND: tl.constexpr):
+    """What the normalised row is multiplied by, fp32."""
+    factor = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+    if KIND == "rms1p":
+        factor += 1.0
+    return factor
+
+
 @triton.jit(do_not_specialize=["rows", "block"])
 def norm_backward(
     dy,  # [T, D]
@@ -26,6 +35,7 @@ def norm_backward(
     BOUNDS: tl.constexpr,
     NEED_DW: tl.constexpr,  # tuple, per segment: whether this kernel sums it
     NEED_DB: tl.constexpr,
+    KEEP_WEIGHT: tl.constexpr,  # in registers from row to row, else it is read again from the cache
     KIND: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -42,10 +52,8 @@ def norm_backward(
         start = tl.maximum(tl.load(offsets + BOUNDS[s]), first)
         end = tl.minimum(tl.load(offsets + BOUNDS[s + 1]), last)
         if start < end:
-            if weights[s] is not None:
-                weight = tl.load(weights[s] + column, mask=in_row, other=0.0).to(tl.float32)
-                if KIND == "rms1p":
-                    weight += 1.0
+            if weights[s] is not None and KEEP_WEIGHT:
+                weight = _factor(weights[s], column, in_row, KIND)
             dw = tl.zeros((ROWS, COLUMNS), tl.float32)
             db = tl.zeros((ROWS, COLUMNS), tl.float32)
             for tile in range(start, end, ROWS):
@@ -64,15 +72,15 @@ def norm_backward(
                 if NEED_DB[s]:
                     db += grad
                 if weights[s] is not None:
+                    if not KEEP_WEIGHT:
+                        weight = _factor(weights[s], column, in_row, KIND)
                     grad = grad * weight[None, :]
                 inner = grad - normal * (tl.sum(grad * normal, 1) / D)[:, None]
                 if KIND == "layer":
                     inner -= (tl.sum(grad, 1) / D)[:, None]
                 out = inner * scale[:, None]
                 if dz is not None:
-                    out += tl.load(dz + row64 * dz_stride + column[None, :], mask=mask, other=0.0).to(
-                        tl.float32
-                    )
+                    out += tl.load(dz + row64 * dz_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
                 tl.store(dx + row64 * D + column[None, :], out.to(dx.dtype.element_ty), mask=mask)
             slot = (program + s).to(tl.int64) * D + column
             if NEED_DW[s]:
@@ -130,9 +138,7 @@ def norm_weight_grad(
                 if NEED_DB[s]:
                     db += grad
                 if NEED_DW[s]:
-                    value = tl.load(z + row64 * z_stride + column[None, :], mask=mask, other=0.0).to(
-                        tl.float32
-                    )
+                    value = tl.load(z + row64 * z_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
                     if mean is not None:
                         value -= tl.load(mean + row, mask=own, other=0.0)[:, None]
                     dw += grad * (value * tl.load(rstd + row, mask=own, other=0.0)[:, None])

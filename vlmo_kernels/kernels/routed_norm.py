@@ -30,7 +30,8 @@ MAX_COLUMNS = 16384  # one row must fit the registers of one program
 # 4 programs on each of 132 multiprocessors. A constant, so that sums have the same order on every GPU.
 MAX_PARTIALS = 528
 REDUCE_COLUMNS, REDUCE_SLOTS = 64, 32
-# Above it dx and the two sums of a row spill (940 bytes at 16384): the sums get a kernel of their own.
+# Above it dx and the two sums of a row spill (940 bytes at 16384): the sums get a kernel of their own, and
+# the weight, 120 bytes of spill on sm_100, is read again for every row.
 FUSED_COLUMNS = 8192
 WEIGHT_GRAD_ROWS, WEIGHT_GRAD_COLUMNS = 16, 128
 
@@ -46,8 +47,8 @@ class Config(NamedTuple):
 def config_for(columns: int, backward: bool) -> Config:
     """Tile of 32 values a thread forward and 16 backward, where seven such tiles are live at once.
 
-    Beyond 2048 (backward) or 4096 columns a row takes more warps, 16 at most: 32 warps leave 64 registers a
-    thread, which spill on sm_100.
+    Beyond 2048 (backward) or 4096 columns a row takes more warps, 16 at most: with 32 a thread has 64
+    registers, which is at the edge of spilling.
     """
     width = max(triton.next_power_of_2(columns), 16)
     per_warp = 512 if backward else 1024
@@ -172,6 +173,7 @@ def backward(
                 BOUNDS=bounds,
                 NEED_DW=sum_dw if fused else nothing,
                 NEED_DB=sum_db if fused else nothing,
+                KEEP_WEIGHT=fused,
                 KIND=kind,
                 D=columns,
                 ROWS=config.rows,
@@ -318,6 +320,7 @@ def _backward_case(columns: int, dtype: str, kind: str) -> AuditCase:
         "BOUNDS": _AUDIT_BOUNDS,
         "NEED_DW": (config.columns <= FUSED_COLUMNS,) * _AUDIT_SEGMENTS,
         "NEED_DB": (layer and config.columns <= FUSED_COLUMNS,) * _AUDIT_SEGMENTS,
+        "KEEP_WEIGHT": config.columns <= FUSED_COLUMNS,
         "KIND": kind,
         "D": columns,
         "ROWS": config.rows,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..runtime.audit_case import AuditCase
 from .attention_bwd import (
     attention_dbias_kernel,
     attention_dkdv_kernel,
@@ -276,3 +277,64 @@ def _launch(config: Config) -> dict:
         BM=config.block_m, BN=config.block_n, STAGES=config.stages,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+
+
+_KERNELS = {
+    "fwd": attention_fwd_kernel,
+    "dq": attention_dq_kernel,
+    "dkdv": attention_dkdv_kernel,
+    "short": attention_short_bwd_kernel,
+    "dbias": attention_dbias_kernel,
+}
+_ROOMY_ARCHS, _TIGHT_ARCHS = (80, 90, 100), (120,)
+
+
+def audit_cases() -> list[AuditCase]:
+    """Every kernel and table at the head dimensions in use: plain, and with bias, causal mask and prefix."""
+    cases = [_audit_case("fwd", "bf16", 64, 64, False, False), _audit_case("short", "bf16", 64, 64, True, False)]
+    for kernel in _KERNELS:
+        for small in (False, True):
+            for head_dim in (34, 64, 88, 128, 256):
+                cases += [_audit_case(kernel, "bf16", head_dim, 0, False, small)] if kernel != "dbias" else []
+                cases.append(_audit_case(kernel, "bf16", head_dim, 0, True, small))
+        for head_dim in (64, 128, 256):
+            cases.append(_audit_case(kernel, "fp32", head_dim, 0, True, False))
+        cases.append(_audit_case(kernel, "fp16", 64, 0, True, False))
+    return [case for case in cases if case is not None]
+
+
+def _audit_case(
+    kernel: str, dtype: str, head_dim: int, max_seqlen: int, masked: bool, small: bool
+) -> AuditCase | None:
+    """`masked`: with bias, causal mask and prefix. `max_seqlen` 0: the longest that the kernel takes."""
+    itemsize, function = 4 if dtype == "fp32" else 2, _KERNELS[kernel]
+    table = _FP32 if itemsize == 4 else _TIGHT if small else _ROOMY
+    entry = table[kernel].get(padded_head_dim(head_dim))
+    if entry is None:
+        return None
+    length = max_seqlen or (entry[0] if kernel == "short" else 1024)
+    config = config_for(kernel, itemsize, head_dim, length, bias=masked, small_memory=small)
+    constants = dict(
+        H=12, GROUP=1, DH=head_dim, DHP=padded_head_dim(head_dim), ALIGN=math.gcd(16, head_dim),
+        HAS_BIAS=masked, WIDE_BIAS=False, CAUSAL=masked, HAS_PREFIX=masked, PRECISION="ieee",
+        BM=config.block_m, BN=config.block_n, STAGES=config.stages,
+    )  # fmt: skip
+    if not masked:
+        constants |= dict(BIAS=None, PREFIX=None)
+    types = dict.fromkeys(("CU", "ROWS", "POSITIONS", "PREFIX", "INVERSE"), "*i32")
+    types |= dict.fromkeys(("Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "BIAS", "DBIAS"), f"*{dtype}")
+    types |= dict(LSE="*fp32", DELTA="*fp32", scale="fp32", score_scale="fp32")
+    constants = {name: constants[name] for name in function.arg_names if name in constants}
+    signature = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
+    mask = " bias causal prefix" if masked else ""
+    return AuditCase(
+        kernel=function,
+        name=f"attention {kernel} {dtype} Dh={head_dim}{mask} {config.block_m}x{config.block_n}",
+        signature=signature,
+        constants=constants,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        archs=(_TIGHT_ARCHS if small else _ROOMY_ARCHS if itemsize == 2 else _ROOMY_ARCHS + _TIGHT_ARCHS),
+        # S^T and dk, dv have the key tile as rows: wgmma needs 64; dbias and dq have the query tile.
+        wgmma=itemsize == 2 and (config.block_n if kernel == "dkdv" else config.block_m) >= 64,
+    )

@@ -10,15 +10,15 @@ from vlmo_kernels.ops import RelativePositionBias, routed_linear, shared_attenti
 
 
 class SharedAttention(nn.Module):
-    """Multi-head self-attention with the parameter names of VLMo and BEiT.
+    """Multi-head self-attention with the parameter names of timm's: `qkv.weight|bias`, `proj.weight|bias`.
 
-    Parameters: `qkv.weight` without a bias of its own, `q_bias` and `v_bias` (keys have none: a constant
-    added to every score of a query changes nothing), `proj.*`.
+    One bias for the whole projection: VLMo's separate `q_bias` and `v_bias` would cost a fill and a
+    concatenation at every call (the key part changes nothing, since softmax is invariant to it).
 
     Args:
         dim: width `D`.
         heads: number of heads.
-        qkv_bias: whether `q_bias` and `v_bias` exist.
+        qkv_bias: whether `qkv` has one.
         dropout: probability, on the output projection.
 
     Shape:
@@ -32,16 +32,8 @@ class SharedAttention(nn.Module):
         if dim % heads:
             raise ValueError(f"SharedAttention: `dim` must be a multiple of `heads` {heads}, got {dim}")
         self.heads, self.dropout, self.impl = heads, dropout, impl
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-
-    def qkv_bias(self) -> torch.Tensor | None:
-        """`[3D]`, or None."""
-        if self.q_bias is None:
-            return None
-        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
     def forward(
         self,
@@ -57,7 +49,7 @@ class SharedAttention(nn.Module):
     ) -> torch.Tensor:
         """`residual + row_scale * gamma * proj(attention(qkv(x)))`; see `vlmo_kernels.shared_attention`."""
         width = x.shape[1]
-        qkv = routed_linear(x, [self.qkv.weight], [self.qkv_bias()], layout, impl=self.impl)
+        qkv = routed_linear(x, [self.qkv.weight], [self.qkv.bias], layout, impl=self.impl)
         qkv = qkv.view(-1, 3, self.heads, width // self.heads)
         o = shared_attention(qkv, None, None, layout, bias=bias, causal=causal, prefix=prefix, impl=self.impl)
         drop = self.training and self.dropout > 0.0
