@@ -25,7 +25,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Another torch means another stamp, so `make test TORCH=...` is never served by the old one.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
 
-.PHONY: help venv demo test test-slow test-all lint bench clean
+.PHONY: help venv demo test test-slow test-all lint bench audit gpu gpu-correctness gpu-bench clean
 
 help:
 	@echo "make demo      swap the kernels into VLMo-Base: check, time, table and chart in out/demo/"
@@ -33,6 +33,8 @@ help:
 	@echo "make test-all  make test, then the slow tests and the wheel check (make test-slow)"
 	@echo "make lint      ruff alone"
 	@echo "make bench     block, ffn and attention benchmarks into out/bench/"
+	@echo "make audit     what the compiler makes of every Triton kernel; needs no GPU"
+	@echo "make gpu       on a GPU machine: correctness, then benchmarks into benchmarks/results/"
 	@echo "make clean     remove .venv, out/ and build products"
 	@echo "DEVICE=cuda make demo    on the GPU, with the torch of the current Python"
 
@@ -58,8 +60,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PY) -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' >> $(VENV)/constraints.txt
 	@$(PY) -c 'import importlib.metadata as m; print("triton==" + m.version("triton"))' 2>/dev/null \
 	  >> $(VENV)/constraints.txt || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
-	@echo "[3/3] tools for demo and tests, then vlmo_kernels itself"
+	@echo "[3/3] tools for demo and tests, vlmo_kernels itself, and what the tests compare with"
 	@$(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,demo,test]'
+	@# What the tests compare with. Without --no-deps these replace torch (fairscale, torchscale) or pin it (xformers).
+	@$(PIP) install $(INDEX) --no-build-isolation --no-deps torchscale==0.3.0 fairscale==0.4.0 xformers==0.0.35
 	@touch $@
 
 ifeq ($(DEVICE),cpu)
@@ -99,6 +103,24 @@ bench: $(READY)
 	@mkdir -p out/bench
 	for suite in block ffn attention; do \
 	  $(RUN) bench $$suite --device $(DEVICE) --json out/bench/$$suite.json; done
+
+audit: $(STAMP)
+	$(VENV)/bin/vlmo-kernels audit
+
+# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing.
+# Stages, so that each can be run alone: make gpu-correctness, make gpu-bench.
+GPU := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON)
+GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
+
+gpu: gpu-correctness gpu-bench
+
+gpu-correctness:
+	$(GPU) -m pytest -q -m gpu tests/gpu --durations=5
+
+gpu-bench:
+	@mkdir -p benchmarks/results/$(GPU_NAME)
+	for suite in block ffn attention; do \
+	  $(GPU) -m vlmo_kernels.cli bench $$suite --device cuda --json benchmarks/results/$(GPU_NAME)/$$suite.json; done
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache

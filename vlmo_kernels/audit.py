@@ -199,9 +199,7 @@ def table(rows: Sequence[AuditRow]) -> str:
         lines.append((row.name, str(row.arch), *(str(count) for count in counts), remark))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
     return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, 8)), line[8]]
-        ).rstrip()
+        "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, 8)), line[8]]).rstrip()
         for line in lines
     )
 

@@ -80,7 +80,7 @@ def _app():
         vocab: Annotated[str | None, typer.Option(help="BERT vocab.txt; by default trained on the captions.")] = None,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds at most.")] = 5,
-        budget: Annotated[float, typer.Option(help="Seconds of rounds in one dtype; two rounds always run.")] = 30.0,
+        budget: Annotated[float, typer.Option(help="Seconds of rounds in one dtype; two rounds always run.")] = 20.0,
         out: Annotated[Path, typer.Option(help="Folder of results.json and demo.png.")] = Path("out/demo"),
         dtype: Annotated[list[DType] | None, typer.Option(help="fp32 or bf16; may be repeated.")] = None,
     ) -> None:

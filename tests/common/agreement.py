@@ -63,10 +63,10 @@ def compared(
         values, grads = problem.run(ours or problem.ours, leaves, case, case.layout(static), impl)
         for i, three in enumerate(zip(values, expected, unfused, strict=True)):
             add(f"output {i}", f"{case.name} output {i}", *three)
-        for leaf, value in leaves.items():
+        for leaf in grads:
             what = f"{case.name} gradient of {leaf}"
             assert grads[leaf] is not None, f"{what}: an expert without tokens must get zeros, not None"
-            eager = torch.zeros_like(value) if unfused_grads[leaf] is None else unfused_grads[leaf]
+            eager = torch.zeros_like(leaves[leaf]) if unfused_grads[leaf] is None else unfused_grads[leaf]
             add(f"gradient of {leaf.partition('.')[0]}", what, grads[leaf], right[leaf], eager)
     return {name: [torch.cat(parts) for parts in zip(*pool, strict=True)] for name, pool in pools.items()}
 

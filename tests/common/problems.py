@@ -26,6 +26,10 @@ EPS = 1e-5
 PER_TOKEN = ("x", "residual", "q", "k", "v", "qkv")
 
 
+def none(case: Case) -> Leaves:
+    return {}
+
+
 @dataclass(frozen=True)
 class Problem:
     """One op in one variant.
@@ -36,6 +40,7 @@ class Problem:
         shapes: leaf to its shape; without the leading `[B, N]` for per-token leaves.
         ours: `(leaves, case, layout, impl)` to outputs.
         eager: `(leaves, case)` to outputs.
+        constants: further leaves, without gradient, from the case.
         feature: what the choice of an implementation depends on: the kind of norm, the activation.
     """
 
@@ -45,12 +50,13 @@ class Problem:
     ours: Callable[[Leaves, Case, vk.ModalityLayout, str], Outputs]
     eager: Callable[[Leaves, Case], Outputs]
     feature: str = ""
+    constants: Callable[[Case], Leaves] = none
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
 
     def leaves(self, case: Case, dtype: torch.dtype, seed: int = 0) -> Leaves:
-        """Random leaves that require gradients; equal values in every dtype up to rounding."""
+        """Random leaves that require gradients, equal in every dtype up to rounding, and the constants."""
         generator = torch.Generator().manual_seed(seed)
         tokens = tuple(case.ids().shape)
         result = {}
@@ -60,24 +66,25 @@ class Problem:
             if len(shape) == 2 and name not in PER_TOKEN and name != "table":
                 value *= shape[1] ** -0.5  # weights: outputs of order 1
             result[name] = value.to(dtype).requires_grad_()
-        return result
+        return result | self.constants(case)
 
     def run(self, function: Callable[..., Outputs], leaves: Leaves, *rest) -> tuple[Outputs, Leaves]:
-        """Outputs, and the gradient (None: no path) of every leaf for fixed random cotangents."""
+        """Outputs, and the gradient (None: no path) of every trained leaf for fixed random cotangents."""
+        trained = {name: t for name, t in leaves.items() if t.requires_grad}
         outputs = function(leaves, *rest)
         generator = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
         paths = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         if not paths:  # eager on a batch without tokens
-            return outputs, dict.fromkeys(leaves)
+            return outputs, dict.fromkeys(trained)
         grads = torch.autograd.grad(
-            [o for o, _ in paths], list(leaves.values()), [c for _, c in paths], allow_unused=True
+            [o for o, _ in paths], list(trained.values()), [c for _, c in paths], allow_unused=True
         )
-        return tuple(o.detach() for o in outputs), dict(zip(leaves, grads, strict=True))
+        return tuple(o.detach() for o in outputs), dict(zip(trained, grads, strict=True))
 
 
 def in_fp64(leaves: Leaves) -> Leaves:
-    return {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    return {n: t.detach().double().requires_grad_() if t.requires_grad else t for n, t in leaves.items()}
 
 
 def supported(problem: Problem, dtype: torch.dtype, impl: str) -> bool:
@@ -100,11 +107,11 @@ def per_expert(name: str, *shape: int, without: int | None = None) -> dict[str, 
     return {f"{name}.{e}": shape for e in range(EXPERT_COUNT) if e != without}
 
 
-def row_scale(case: Case) -> torch.Tensor:
+def row_scale(case: Case) -> Leaves:
     """fp32 `[B, N]`: DropPath that drops every third token and scales the others differently."""
     count = case.ids().numel()
     factors = torch.tensor([0.0, 1.25, 0.5]).repeat(count // 3 + 1)[:count]
-    return factors.reshape(case.ids().shape)
+    return {"row_scale": factors.reshape(case.ids().shape)}
 
 
 def packed(t: torch.Tensor | None, layout: vk.ModalityLayout) -> torch.Tensor | None:
@@ -116,7 +123,7 @@ def _linear(name: str, epilogue: bool) -> Problem:
         y = vk.routed_linear(
             packed(t["x"], layout), many(t, "w"), many(t, "b"), layout, EXPERTS, gamma=many(t, "gamma"),
             residual=packed(t.get("residual"), layout), impl=impl,
-            row_scale=packed(row_scale(case), layout) if epilogue else None,
+            row_scale=packed(t.get("row_scale"), layout),
         )  # fmt: skip
         return (layout.unpack(y),)
 
@@ -124,14 +131,14 @@ def _linear(name: str, epilogue: bool) -> Problem:
         return (
             eager.routed_linear(
                 t["x"], case.expert_ids(), many(t, "w"), many(t, "b"), many(t, "gamma"), t.get("residual"),
-                row_scale(case) if epilogue else None,
+                t.get("row_scale"),
             ),
         )  # fmt: skip
 
     shapes = {"x": (D,), **per_expert("w", OUT, D), **per_expert("b", OUT, without=1)}
     if epilogue:
         shapes |= {"residual": (OUT,), **per_expert("gamma", OUT, without=2)}
-    return Problem("routed_linear", name, shapes, ours, unfused)
+    return Problem("routed_linear", name, shapes, ours, unfused, constants=row_scale if epilogue else none)
 
 
 def _norm(kind: str, residual: bool) -> Problem:
@@ -168,7 +175,7 @@ def _ffn(activation: str, name: str = "", full: bool = False, stacked: bool = Fa
             activation=activation, w_up=w_up, b_up=b_up, gamma=many(t, "gamma"),
             inner_norm=(many(t, "norm_w"), many(t, "norm_b")) if full else None,
             residual=packed(t.get("residual"), layout),
-            row_scale=packed(row_scale(case), layout) if full else None,
+            row_scale=packed(t.get("row_scale"), layout),
             recompute="full" if recompute else "activation",
         )  # fmt: skip
         return (layout.unpack(y),)
@@ -179,7 +186,7 @@ def _ffn(activation: str, name: str = "", full: bool = False, stacked: bool = Fa
                 t["x"], case.expert_ids(), many(t, "w1"), many(t, "b1"), many(t, "w2"), many(t, "b2"), activation,
                 w_up=many(t, "w_up") if gated else None, gammas=many(t, "gamma"),
                 norm_weights=many(t, "norm_w") if full else None, norm_biases=many(t, "norm_b"),
-                residual=t.get("residual"), row_scale=row_scale(case) if full else None, eps=EPS,
+                residual=t.get("residual"), row_scale=t.get("row_scale"), eps=EPS,
             ),
         )  # fmt: skip
 
@@ -189,39 +196,38 @@ def _ffn(activation: str, name: str = "", full: bool = False, stacked: bool = Fa
         shapes |= per_expert("w_up", HIDDEN, D)
     if full:
         shapes |= {"residual": (D,), **per_expert("norm_w", HIDDEN), **per_expert("norm_b", HIDDEN)}
-    return Problem("routed_ffn", name or activation, shapes, ours, unfused, activation)
+    return Problem("routed_ffn", name or activation, shapes, ours, unfused, activation, row_scale if full else none)
 
 
 def _attention(
     name: str, kv_heads: int = HEADS, dim: int = HEAD_DIM, bias: bool = False, causal: bool = False,
     prefix: bool = False, fused: bool = False,
 ) -> Problem:  # fmt: skip
-    def prefixes(case: Case) -> torch.Tensor | None:
-        return torch.arange(len(case.runs), dtype=torch.int32) * 3 if prefix else None
-
-    def table_index(case: Case) -> torch.Tensor:
+    def constants(case: Case) -> Leaves:
         at = torch.arange(case.ids().shape[1])
-        return (at[:, None] - at[None, :]).clamp(-(TABLE // 2), TABLE // 2) + TABLE // 2
+        index = (at[:, None] - at[None, :]).clamp(-(TABLE // 2), TABLE // 2) + TABLE // 2
+        prefixes = torch.arange(len(case.runs), dtype=torch.int32) * 3
+        return ({"index": index} if bias else {}) | ({"prefix": prefixes} if prefix else {})
 
     def ours(t: Leaves, case: Case, layout: vk.ModalityLayout, impl: str) -> Outputs:
         q, k, v = (packed(t.get(n), layout) for n in (("qkv", "none", "none") if fused else "qkv"))
         o = vk.shared_attention(
-            q, k, v, layout, causal=causal, prefix=prefixes(case), impl=impl,
-            bias=vk.RelativePositionBias(t["table"], table_index(case)) if bias else None,
+            q, k, v, layout, causal=causal, prefix=t.get("prefix"), impl=impl,
+            bias=vk.RelativePositionBias(t["table"], t["index"]) if bias else None,
         )  # fmt: skip
         return (layout.unpack(o),)
 
     def unfused(t: Leaves, case: Case) -> Outputs:
         q, k, v = t["qkv"].unbind(2) if fused else (t[n] for n in "qkv")
-        dense = t["table"][table_index(case)].permute(2, 0, 1) if bias else None
-        return (eager.shared_attention(q, k, v, case.ids() >= 0, dense, causal, prefixes(case)),)
+        dense = t["table"][t["index"]].permute(2, 0, 1) if bias else None
+        return (eager.shared_attention(q, k, v, case.ids() >= 0, dense, causal, t.get("prefix")),)
 
     shapes = {"q": (HEADS, dim), "k": (kv_heads, dim), "v": (kv_heads, dim)}
     if fused:
         shapes = {"qkv": (3, HEADS, dim)}
     if bias:
         shapes["table"] = (TABLE, HEADS)
-    return Problem("shared_attention", name, shapes, ours, unfused)
+    return Problem("shared_attention", name, shapes, ours, unfused, constants=constants)
 
 
 def _block() -> Problem:

@@ -156,11 +156,11 @@ def report() -> list[tuple[str, str]]:
 
 def implementations() -> list[tuple[str, str, str, str]]:
     """(op, device and dtype, implementation, why not the others) for every op."""
-    from vlmo_kernels.bench.probe import OPS, explain_op
+    from vlmo_kernels.bench.probe import EXPLAINED_OPS, explain_op
 
     devices = ["cpu"] + (["cuda"] if _line(torch.cuda.is_available) == "True" else [])
     rows = []
-    for op in OPS:
+    for op in EXPLAINED_OPS:
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 where = f"{device} {str(dtype).removeprefix('torch.')}"

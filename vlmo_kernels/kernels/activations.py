@@ -10,6 +10,15 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 
 
 @triton.jit
+def _sigmoids(x):
+    """`sigmoid(x)` and `1 - sigmoid(x)`, both without cancellation or overflow."""
+    e = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+
+
+@triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
@@ -64,12 +73,12 @@ def activate_with_derivative(x, KIND: tl.constexpr, EXACT: tl.constexpr):
         return x * phi, phi + x * (0.3989422804014327 * density)
     elif KIND == "gelu_tanh":
         square = x * x
-        s = _sigmoid(x * (1.5957691216057308 + 0.0713548162726 * square))
+        s, rest = _sigmoids(x * (1.5957691216057308 + 0.0713548162726 * square))
         slope = 1.5957691216057308 + 0.2140644488178 * square
-        return x * s, s + x * s * (1.0 - s) * slope
+        return x * s, s + x * s * rest * slope
     elif KIND == "relu":
         return tl.where(x < 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
     else:
         tl.static_assert(KIND == "silu")
-        s = _sigmoid(x)
-        return x * s, s * (1.0 + x * (1.0 - s))
+        s, rest = _sigmoids(x)
+        return x * s, s * (1.0 + x * rest)

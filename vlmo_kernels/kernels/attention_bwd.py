@@ -1,7 +1,8 @@
 """Device code of the attention backward (Dao et al. 2022, algorithm 2). Conventions: attention_fwd.py.
 
 With P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O):
-    dV = P^T dO,   dS = P * (dP - delta),   dQ = scale * dS K,   dK = scale * dS^T Q,   dbias = sum over samples of dS.
+    dS = P * (dP - delta),   dQ = scale * dS K,   dK = scale * dS^T Q,   dV = P^T dO,
+    dbias = sum of dS over samples.
 
 Two routes, both free of atomics. Long: dq (which also leaves delta), then dk and dv. Short, for samples
 of at most 256 tokens: one program per (sample, head) keeps dq in registers and needs 5 matmuls, not 7.
@@ -20,23 +21,25 @@ from .attention_fwd import (
     load_bias,
     load_head,
     locate_tile,
-    natural_units,
     scores,
     store_head,
     token_rows,
 )
 
-STRIDES = ["q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "dq_t", "dq_h", "dk_t", "dk_h", "dv_t", "dv_h", "bias_h", "bias_q"]
-BWD_DYNAMIC = ["B", "T", "tiles_per_sample", *STRIDES]
+STRIDES = ["q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "dq_t", "dq_h", "dk_t", "dk_h", "dv_t", "dv_h"]
+BWD_DYNAMIC = ["B", "T", "tiles_per_sample", *STRIDES, "bias_h", "bias_q"]
 
 
 @triton.jit
-def zero_dead_rows(X, CU, B, T, tile, tiles, head, stride_t, stride_h, d, DH: tl.constexpr, BLOCK: tl.constexpr):
+def zero_dead_rows(
+    X, CU, B, T, tile, tiles, head, stride_t, stride_h, d, DH: tl.constexpr, BLOCK: tl.constexpr
+):
     """This program's share of the rows past the live ones: gradients are zero there."""
     for r0 in range(tl.load(CU + B) + tile * BLOCK, T, tiles * BLOCK):
         r = r0 + tl.arange(0, BLOCK)
         at = head_tile(X, r, head, stride_t, stride_h, d)
-        tl.store(at, tl.zeros((BLOCK, d.shape[0]), X.dtype.element_ty), mask=(r < T)[:, None] & (d < DH)[None, :])
+        zero = tl.zeros((BLOCK, d.shape[0]), X.dtype.element_ty)
+        tl.store(at, zero, mask=(r < T)[:, None] & (d < DH)[None, :])
 
 
 @triton.jit
@@ -70,11 +73,11 @@ def attention_dq_kernel(
     scale, score_scale, B, T, tiles_per_sample,
     q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dk_t, dk_h, dv_t, dv_h, bias_h, bias_q,
     H: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, WIDE_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (query tile, head): dq, DELTA fp32 `[H, T]`, and zeros in dead rows of all three."""
-    NATURAL: tl.constexpr = natural_units(Q, HAS_BIAS)
     pid = tl.program_id(0)
     tile = pid // H
     tiles = tl.num_programs(0) // H
@@ -140,14 +143,14 @@ def attention_dkdv_kernel(
     scale, score_scale, B, T, tiles_per_sample,
     q_t, q_h, k_t, k_h, v_t, v_h, dk_t, dk_h, dv_t, dv_h, bias_h, bias_q,
     H: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, WIDE_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (key tile, key head), over the query tiles of its `GROUP` query heads.
 
     Scores are held transposed, `[BN keys, BM queries]`: P and dS are then left operands from registers.
     """
-    NATURAL: tl.constexpr = natural_units(Q, HAS_BIAS)
     pid = tl.program_id(0)
     heads: tl.constexpr = H // GROUP
     hk = pid % heads
@@ -218,7 +221,8 @@ def attention_short_bwd_kernel(
     scale, score_scale, B, T,
     q_t, q_h, k_t, k_h, v_t, v_h, dq_t, dq_h, dk_t, dk_h, dv_t, dv_h, bias_h, bias_q,
     H: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, WIDE_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (sample, head) of at most `BM` tokens: dq, dk, dv and DELTA in one pass over the keys.
@@ -226,7 +230,6 @@ def attention_short_bwd_kernel(
     Equal numbers of query and key heads only. dK and dV are formed transposed, `[DHP, BN]`: the scores
     stay `[BM queries, BN keys]` for all five matmuls (with 256 x 32, the transposed scores spill).
     """
-    NATURAL: tl.constexpr = natural_units(Q, HAS_BIAS)
     pid = tl.program_id(0)
     b = pid // H
     h = pid % H
@@ -304,7 +307,7 @@ def attention_dbias_kernel(
     WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per (query positions, key positions, head): DBIAS `[H, N, N]`, summed over samples in order.
+    """One program per (query positions, key positions, head): DBIAS `[H, N, N]`, samples in order.
 
     Works in position space: INVERSE int32 `[B, N]` is the packed row at each position, -1 where the
     sample has none. Absent tokens load as zeros, so no NaN of another row can enter.

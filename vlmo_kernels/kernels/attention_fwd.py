@@ -11,6 +11,9 @@ Conventions of every kernel here:
 - past-the-end token indices are clamped to the sample's last token: a tile never reads another sample's
   rows, whose Inf would come back as 0 * Inf = NaN;
 - masks are -inf, not a large number, so that finite biases of any size mean what they mean in eager;
+- scores are held in natural units (NATURAL) or in those of log2(e), where exp2 needs no factor. With a bias
+  the factor must follow the subtraction of the peak: masks of finfo.min would overflow before it. In fp32
+  it must too: the lse in units of log2(e) has two roundings of size |lse| * eps, which shows in gradients;
 - strides arrive divided by the constexpr ALIGN: the compiler learns their divisibility (16-byte loads at
   head_dim 40 and 88 need it), yet their value is no part of the compiled kernel's key.
 """
@@ -112,17 +115,6 @@ def load_bias(bias_of_head, bias_rows, pk):
 
 
 @triton.jit
-def natural_units(X, HAS_BIAS: tl.constexpr):
-    """Whether scores are held in natural units, or in those of log2(e), where exp2 needs no factor.
-
-    With a bias the factor must follow the subtraction of the peak: masks of finfo.min would overflow
-    before it. In fp32 it must too: it is a rounding of size |score| * eps, which makes gradients twice
-    as inexact as eager's.
-    """
-    return HAS_BIAS or X.dtype.element_ty == tl.float32
-
-
-@triton.jit
 def scores(dot, bias, score_scale, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         return dot * score_scale + bias
@@ -146,11 +138,11 @@ def attention_fwd_kernel(
     Q, K, V, O, LSE, CU, ROWS, POSITIONS, BIAS, PREFIX,
     score_scale, B, T, tiles_per_sample, q_t, q_h, k_t, k_h, v_t, v_h, bias_h, bias_q,
     H: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, DHP: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE_BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, WIDE_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (query tile, head). O `[T, H, DH]`, LSE fp32 `[H, T]` (natural log), by packed row."""
-    NATURAL: tl.constexpr = natural_units(Q, HAS_BIAS)
     pid = tl.program_id(0)
     h = pid % H
     hk = h // GROUP

@@ -192,9 +192,10 @@ def columns_in_parts(acc, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexp
     left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
     if PARTS == 2:
         return left, right
-    a, b = tl.split(tl.permute(tl.reshape(left, (BM, 2, BN // 4)), (0, 2, 1)))
-    c, d = tl.split(tl.permute(tl.reshape(right, (BM, 2, BN // 4)), (0, 2, 1)))
-    return a, b, c, d
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(left, (BM, 2, BN // 4)), (0, 2, 1)))
+        c, d = tl.split(tl.permute(tl.reshape(right, (BM, 2, BN // 4)), (0, 2, 1)))
+        return a, b, c, d
 
 
 # ---------------------------------------------------------------- the kernel

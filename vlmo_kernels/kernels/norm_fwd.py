@@ -38,9 +38,7 @@ def norm_forward(
 
     value = tl.load(x + row64 * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
-        value += tl.load(residual + row64 * residual_stride + column[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        value += tl.load(residual + row64 * residual_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         # the statistics are those of what is stored, so that backward, which sees only that, agrees
         stored = value.to(z.dtype.element_ty)
         tl.store(z + at, stored, mask=mask)

@@ -1,4 +1,4 @@
-"""Triton launchers of `shared_attention`. Contract: reference/shared_attention.py; device code: attention_*.py.
+"""Triton launchers of `shared_attention`; its contract is in reference/shared_attention.py.
 
 The forward is one launch. The backward is two (dq, then dk and dv) or, for short samples, one; a bias
 gradient adds a fill and two. Grids come from T, B and max_seqlen alone, so nothing waits for the device.
@@ -36,31 +36,32 @@ class Config(NamedTuple):
     stages: int
 
 
-# By kernel and padded head dimension: 16-bit inputs on parts with at least 163 KiB of shared memory.
+# By kernel and padded head dimension (64 stands for less): 16-bit inputs, at least 163 KiB of shared memory.
 # A larger tile spills in its dearest variant (bias, causal, prefix). dkdv at 256 is the one whose tiles are
-# below the 64 rows of a wgmma: at 64 keys dk and dv alone are 128 registers a thread, and it spills 192 to 292 bytes.
+# below the 64 rows of a wgmma: at 64 keys dk and dv alone are 128 registers a thread, and 192 to 292 bytes
+# spill.
 _ROOMY = {
-    "fwd": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "dq": {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
-    "dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
-    "short": {16: (256, 32, 8, 2), 32: (256, 32, 8, 2), 64: (256, 32, 8, 2), 128: (128, 32, 8, 2)},
-    "dbias": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
+    "short": {64: (256, 32, 8, 2), 128: (128, 32, 8, 2)},
+    "dbias": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
 }
 # The same on parts with 99 KiB (sm_86, sm_89, sm_120).
 _TIGHT = {
-    "fwd": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 4, 2)},
-    "dq": {16: (128, 32, 8, 2), 32: (128, 32, 8, 2), 64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
-    "dkdv": {16: (32, 128, 8, 2), 32: (32, 128, 8, 2), 64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
-    "short": {16: (128, 32, 8, 2), 32: (128, 32, 8, 2), 64: (128, 32, 8, 2)},
-    "dbias": {16: (64, 64, 8, 2), 32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+    "fwd": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 4, 2)},
+    "dq": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
+    "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "short": {64: (128, 32, 8, 2)},
+    "dbias": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
 }
 # fp32: operands take twice the room, and without tensor cores (IEEE) a tile's products sit in registers.
 _FP32 = {
-    "fwd": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
-    "dq": {16: (64, 32, 4, 1), 32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "dkdv": {16: (32, 64, 4, 1), 32: (32, 64, 4, 1), 64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
-    "short": {16: (64, 32, 4, 1), 32: (64, 32, 4, 1), 64: (64, 16, 4, 1)},
-    "dbias": {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "fwd": {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "dq": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "dkdv": {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "short": {64: (64, 16, 4, 1)},
+    "dbias": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 
 
@@ -76,7 +77,7 @@ def config_for(
     `max_seqlen` counts only by bucket: lengths change from batch to batch, configurations are compiled.
     """
     table = _FP32 if itemsize == 4 else _TIGHT if small_memory else _ROOMY
-    entry = table[kernel].get(padded_head_dim(head_dim))
+    entry = table[kernel].get(max(padded_head_dim(head_dim), 64))
     if entry is None:
         return None
     config = Config(*entry)
@@ -89,7 +90,7 @@ def config_for(
         return config._replace(block_m=rows)
     if kernel == "dkdv" and bias and config.block_m == 64 and config.block_n == 128:
         return Config(64, 64, 4, 2)  # 64 x 128 spills 24 bytes with a bias and a causal mask
-    if max_seqlen <= 64 and max(config.block_m, config.block_n) > 64:  # text only: half of 128 rows would idle
+    if max_seqlen <= 64 and max(config.block_m, config.block_n) > 64:  # text: half of 128 rows would idle
         return Config(min(config.block_m, 64), min(config.block_n, 64), min(config.warps, 4), config.stages)
     return config
 
@@ -121,6 +122,7 @@ def forward(
             q, k, v, o, lse, seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix),
             _score_scale(scale, q, bias), batch, tokens, tiles_per_sample, *strides, *_bias_strides(bias),
             HAS_BIAS=bias is not None,
+            NATURAL=_natural(q.dtype, bias is not None),
             **_constants(q, k, bias, align, causal, prefix),
             **_launch(config),
         )  # fmt: skip
@@ -167,6 +169,7 @@ def backward(
             attention_short_bwd_kernel[(batch * heads,)](
                 q, k, v, o, do, lse, delta, *grads, *tables, *factors, *strides, *_bias_strides(bias),
                 HAS_BIAS=bias is not None,
+                NATURAL=_natural(q.dtype, bias is not None),
                 **{name: value for name, value in constants.items() if name != "GROUP"},
                 **_launch(short),
             )  # fmt: skip
@@ -174,8 +177,10 @@ def backward(
             config = config_for("dq", **pick)
             tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
             attention_dq_kernel[(tiles * heads,)](
-                q, k, v, o, do, lse, delta, *grads, *tables, *factors, per_sample, *strides, *_bias_strides(bias),
+                q, k, v, o, do, lse, delta, *grads, *tables, *factors, per_sample,
+                *strides, *_bias_strides(bias),
                 HAS_BIAS=bias is not None,
+                NATURAL=_natural(q.dtype, bias is not None),
                 **constants,
                 **_launch(config),
             )  # fmt: skip
@@ -185,6 +190,7 @@ def backward(
                 q, k, v, do, lse, delta, *grads[1:], *tables, *factors, per_sample,
                 *strides[:6], *strides[8:], *_bias_strides(bias),
                 HAS_BIAS=bias is not None,
+                NATURAL=_natural(q.dtype, bias is not None),
                 **constants,
                 **_launch(config),
             )  # fmt: skip
@@ -257,9 +263,13 @@ def _prefix(causal: bool, prefix: Optional) -> Optional:
     return prefix if causal else None
 
 
+def _natural(dtype: torch.dtype, has_bias: bool) -> bool:
+    """The units of the scores, see attention_fwd.py."""
+    return has_bias or dtype == torch.float32
+
+
 def _score_scale(scale: float, q: torch.Tensor, bias: Optional) -> float:
-    natural = bias is not None or q.dtype == torch.float32  # attention_fwd.natural_units
-    return scale if natural else scale * LOG2E
+    return scale if _natural(q.dtype, bias is not None) else scale * LOG2E
 
 
 def _constants(q, k, bias: Optional, align: int, causal: bool, prefix: Optional) -> dict:
@@ -291,7 +301,8 @@ _ROOMY_ARCHS, _TIGHT_ARCHS = (80, 90, 100), (120,)
 
 def audit_cases() -> list[AuditCase]:
     """Every kernel and table at the head dimensions in use: plain, and with bias, causal mask and prefix."""
-    cases = [_audit_case("fwd", "bf16", 64, 64, False, False), _audit_case("short", "bf16", 64, 64, True, False)]
+    cases = [_audit_case("fwd", "bf16", 64, 64, False, False)]
+    cases.append(_audit_case("short", "bf16", 64, 64, True, False))
     for kernel in _KERNELS:
         for small in (False, True):
             for head_dim in (34, 64, 88, 128, 256):
@@ -309,14 +320,15 @@ def _audit_case(
     """`masked`: with bias, causal mask and prefix. `max_seqlen` 0: the longest that the kernel takes."""
     itemsize, function = 4 if dtype == "fp32" else 2, _KERNELS[kernel]
     table = _FP32 if itemsize == 4 else _TIGHT if small else _ROOMY
-    entry = table[kernel].get(padded_head_dim(head_dim))
+    entry = table[kernel].get(max(padded_head_dim(head_dim), 64))
     if entry is None:
         return None
     length = max_seqlen or (entry[0] if kernel == "short" else 1024)
     config = config_for(kernel, itemsize, head_dim, length, bias=masked, small_memory=small)
     constants = dict(
         H=12, GROUP=1, DH=head_dim, DHP=padded_head_dim(head_dim), ALIGN=math.gcd(16, head_dim),
-        HAS_BIAS=masked, WIDE_BIAS=False, CAUSAL=masked, HAS_PREFIX=masked, PRECISION="ieee",
+        HAS_BIAS=masked, NATURAL=masked or itemsize == 4, WIDE_BIAS=False,
+        CAUSAL=masked, HAS_PREFIX=masked, PRECISION="ieee",
         BM=config.block_m, BN=config.block_n, STAGES=config.stages,
     )  # fmt: skip
     if not masked:

@@ -24,8 +24,7 @@ def drop_path_scale(layout: ModalityLayout, rate: float, training: bool) -> torc
         return None
     modalities = len(layout.modalities)
     keep = torch.rand(layout.batch * modalities, device=layout.device) >= rate
-    factor = keep.float() / (1.0 - rate)
-    return factor[layout.sample_of_row.clamp(min=0).long() * modalities + modality_of_row(layout)]
+    return _factor(keep, rate)[layout.sample_of_row.clamp(min=0).long() * modalities + modality_of_row(layout)]
 
 
 def sample_drop_path_scale(layout: ModalityLayout, rate: float, training: bool) -> torch.Tensor | None:
@@ -33,7 +32,12 @@ def sample_drop_path_scale(layout: ModalityLayout, rate: float, training: bool) 
     if not training or rate == 0.0:
         return None
     keep = torch.rand(layout.batch, device=layout.device) >= rate
-    return (keep.float() / (1.0 - rate))[layout.sample_of_row.clamp(min=0).long()]
+    return _factor(keep, rate)[layout.sample_of_row.clamp(min=0).long()]
+
+
+def _factor(keep: torch.Tensor, rate: float) -> torch.Tensor:
+    # At rate 1 nothing is kept, and 1 / 0 must not turn those zeros into NaN.
+    return keep.float() / (1.0 - rate if rate < 1.0 else 1.0)
 
 
 def modality_of_row(layout: ModalityLayout) -> torch.Tensor:

@@ -44,7 +44,7 @@ def collect(grads: Sequence[Sequence[Optional]], at: Sequence[int], like: Sequen
     result: list[Optional] = [None] * len(like)
     for t, i in zip((g for field in grads for g in field), at, strict=True):
         if i >= 0:
-            result[i] = t
+            result[i] = None if t is None else t.contiguous()  # as the fakes say, whatever the weight's strides
     return [absent(t) if g is None else g for g, t in zip(result, like, strict=True)]
 
 
@@ -113,6 +113,8 @@ def check_epilogue(op: str, x: torch.Tensor, width: int, residual: Optional, row
             raise TypeError(f"{op}: `residual` must be floating point, got {residual.dtype}")
     if row_scale is not None:
         check_shape(op, "row_scale", row_scale, (x.shape[0],), x)
+        if not row_scale.is_floating_point():
+            raise TypeError(f"{op}: `row_scale` must be floating point, got {row_scale.dtype}")
         if row_scale.requires_grad:
             raise NotImplementedError(f"{op}: `row_scale` has no gradient (it is a random mask); detach it")
 

@@ -9,6 +9,7 @@ import torch
 
 from vlmo_kernels.layout import Experts, ModalityLayout
 
+from . import common
 from .routed_ffn import routed_ffn
 from .routed_linear import routed_linear
 from .routed_norm import routed_norm
@@ -83,7 +84,10 @@ def mome_block(
         `[T, D]` in the dtype of `x`.
     """
     p = params
+    common.check_rows("mome_block", "x", x, layout)
     width = x.shape[1]
+    if p.heads <= 0 or width % p.heads:
+        raise ValueError(f"mome_block: `heads` must divide the width {width} of `x`, got {p.heads}")
 
     def norm(entries: tuple[Tensors, Tensors], x: torch.Tensor) -> torch.Tensor:
         experts = p.map_for(entries[0])

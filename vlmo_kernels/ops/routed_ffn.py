@@ -116,11 +116,12 @@ def _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation) -
         raise ValueError(f"{op}: `w1` must have at least one expert, got {w1!r}")
     b1 = common.per_expert(op, "b1", b1, count)
     gated = activation in GATED
-    if not gated and w_up is not None:
-        raise ValueError(f"{op}: `w_up` must be None with activation={activation!r}")
+    for name, values in (("w_up", w_up), ("b_up", b_up)):
+        if not gated and values is not None:
+            raise ValueError(f"{op}: `{name}` must be None with activation={activation!r}, which is not gated")
     if gated and w_up is None:
         if b_up is not None:
-            raise ValueError(f"{op}: `b_up` needs `w_up`")
+            raise ValueError(f"{op}: `b_up` needs `w_up`; a stacked `w1` has its bias in `b1`")
         w1, w_up = _halves(op, "w1", w1)
         b1, b_up = _halves(op, "b1", b1)
     norm = (None, None) if inner_norm is None else inner_norm
@@ -135,7 +136,7 @@ def _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation) -
         norm_weight=common.per_expert(op, "inner_norm[0]", norm[0], count),
         norm_bias=common.per_expert(op, "inner_norm[1]", norm[1], count),
     )
-    for name in ("w1", "w2"):
+    for name in ("w1", "w2", "w_up") if gated else ("w1", "w2"):
         for e, t in enumerate(getattr(fields, name)):
             if not isinstance(t, torch.Tensor) or t.dim() != 2:
                 raise ValueError(
@@ -150,6 +151,9 @@ def _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation) -
         for e, t in enumerate(entries):
             if t is not None:
                 common.check_shape(op, f"{name}[{e}]", t, shape, x)
+    for e in range(count):
+        if fields.norm_bias[e] is not None and fields.norm_weight[e] is None:
+            raise ValueError(f"{op}: `inner_norm[1][{e}]` needs a weight in `inner_norm[0][{e}]`, got None")
     return fields
 
 
@@ -168,7 +172,7 @@ def _forward(
         common.contiguous_rows(x), FFNWeights(*common.decode(weights, at, FIELDS)), route, activation, residual,
         row_scale, eps, save,
     )  # fmt: skip
-    return y, (common.absent(x) if pre is None else pre), (common.absent(x) if up is None else up)
+    return y.contiguous(), (common.absent(x) if pre is None else pre), (common.absent(x) if up is None else up)
 
 
 def _forward_meta(

@@ -91,7 +91,8 @@ def _forward(x, residual, weights, at, offsets, host_offsets, segments, kind, ep
     y, z, mean, rstd = implementation("routed_norm", impl, x, kind).forward(
         common.contiguous_rows(x), residual, *common.decode(weights, at, FIELDS), route, kind, eps
     )
-    return y, (common.absent(x) if z is None else z), (common.absent(rstd) if mean is None else mean), rstd
+    z = common.absent(x) if z is None else z.contiguous()
+    return y.contiguous(), z, (common.absent(rstd) if mean is None else mean), rstd
 
 
 def _forward_meta(x, residual, weights, at, offsets, host_offsets, segments, kind, eps, impl):

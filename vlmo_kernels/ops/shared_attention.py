@@ -107,6 +107,8 @@ def shared_attention(
         bias = bias.to(torch.promote_types(bias.dtype, dtype) if dtype == torch.float64 else bias.dtype)
     if prefix is not None:
         common.check_shape(op, "prefix", prefix, (layout.batch,), q)
+        if prefix.dtype != torch.int32:
+            raise ValueError(f"{op}: `prefix` must be int32, got {prefix.dtype}")
         if not causal:
             raise ValueError(f"{op}: `prefix` needs causal=True, got causal=False")
     scale = head_dim**-0.5 if scale is None else float(scale)

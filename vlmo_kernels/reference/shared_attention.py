@@ -64,7 +64,8 @@ def backward(
 ) -> Optional:
     """Writes the gradients of q, k and v into `out` and returns that of the bias (Dao et al. 2022).
 
-    `P` comes back from the log-sum-exp; `dS = P * (dP - rowsum(do * o))`.
+    `dS = P * (dP - rowsum(P * dP))`. Kernels take `P` from the log-sum-exp and `rowsum(do * o)`, which is
+    the same sum; here both come anew from the scores, free of what the forward's outputs were rounded to.
     """
     wide = working(q.dtype)
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -74,10 +75,9 @@ def backward(
         qs, ks, vs, g = (t[rows].to(wide) for t in (q, k, v, do))
         s = _scores(qs, ks, scale)
         s = _masked(s, seqs.positions[rows], bias, causal, None if prefix is None else prefix[b])
-        p = _probabilities(s, lse[:, rows])
+        p = _probabilities(s, torch.logsumexp(s, -1))
         dp = torch.einsum("ihd,jhd->hij", g, _per_query_head(vs, heads))
-        delta = (g * o[rows].to(wide)).sum(-1).T
-        ds = p * (dp - delta[:, :, None])
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         if dbias is not None:
             at = seqs.positions[rows].long()
             dbias[:, at[:, None], at[None, :]] += ds

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .instance import has_hooks, is_swapped
+from .instance import child_at, is_swapped, plain, untouched
 
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 _NORMS = ("self_attn_layer_norm", "final_layer_norm", "self_attn.inner_attn_ln")
@@ -20,7 +19,7 @@ def recognises(module: nn.Module) -> bool:
     if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(module, "forward_embedding"):
         return False
     attn = getattr(layers[0], "self_attn", None)  # also through a wrapper, to name it in the report
-    return all(isinstance(_at(attn, f"{p.partition('.')[2]}.{e}"), nn.Module) for p in _LINEARS for e in "AB")
+    return all(isinstance(child_at(attn, f"{p.partition('.')[2]}.{e}"), nn.Module) for p in _LINEARS for e in "AB")
 
 
 def why_not(encoder: nn.Module) -> str | None:
@@ -31,12 +30,12 @@ def why_not(encoder: nn.Module) -> str | None:
     if getattr(encoder, "relative_position", None) is not None:
         return "relative_position: the kernels have no bias by buckets"
     if encoder.layer_norm is not None:
-        why = _untouched(encoder.layer_norm, "layer_norm")
+        why = untouched(encoder.layer_norm, "layer_norm")
         why = why or _multiway(encoder, "layer_norm") or _norms(encoder, "layer_norm")
         if why:
             return why
     for i, layer in enumerate(encoder.layers):
-        why = _untouched(layer, f"layers.{i}")
+        why = untouched(layer, f"layers.{i}")
         if why:
             return why
         why = _layer(layer)
@@ -78,13 +77,13 @@ def _layer(layer: nn.Module) -> str | None:
 
 def _experts(layer: nn.Module) -> str | None:
     """Projections and norms of both experts."""
-    norms = [path for path in _NORMS if _at(layer, path) is not None]
+    norms = [path for path in _NORMS if child_at(layer, path) is not None]
     for path in (*_LINEARS, *norms, "ffn"):
         why = _multiway(layer, path)
         if why:
             return why
     for path in _LINEARS:
-        why = _plain(layer, f"{path}.A", nn.Linear) or _plain(layer, f"{path}.B", nn.Linear)
+        why = plain(layer, f"{path}.A", nn.Linear) or plain(layer, f"{path}.B", nn.Linear)
         if why:
             return why
     for path in norms:
@@ -102,7 +101,7 @@ def _ffns(layer: nn.Module) -> str | None:
             return f"ffn.{e}: {why}"
         if activation(ffn) is None:
             return f"ffn.{e}: the kernels do not have its activation {ffn.activation_fn!r}"
-        why = _plain(layer, f"ffn.{e}.fc1", nn.Linear) or _plain(layer, f"ffn.{e}.fc2", nn.Linear)
+        why = plain(layer, f"ffn.{e}.fc1", nn.Linear) or plain(layer, f"ffn.{e}.fc2", nn.Linear)
         if why:
             return why
     if activation(a) != activation(b):
@@ -116,7 +115,7 @@ def _ffns(layer: nn.Module) -> str | None:
 
 def _multiway(owner: nn.Module, path: str) -> str | None:
     """Both experts must be behind torchscale's own split by position, along the tokens."""
-    module = _at(owner, path)
+    module = child_at(owner, path)
     why = _own_forward(module, "MultiwayNetwork")
     if why:
         return f"{path}: {why}"
@@ -129,28 +128,14 @@ def _norms(owner: nn.Module, path: str) -> str | None:
 
 def _norm_pair(owner: nn.Module, a: str, b: str) -> str | None:
     for path in (a, b):
-        norm = _at(owner, path)
+        norm = child_at(owner, path)
         # torchscale takes apex's class where there is one; it has the same parameters.
         fused = type(norm).__name__ == "FusedLayerNorm"
-        why = _plain(owner, path, type(norm) if fused else nn.LayerNorm)
+        why = plain(owner, path, type(norm) if fused else nn.LayerNorm)
         if why:
             return why
-    eps = _at(owner, a).eps, _at(owner, b).eps
+    eps = child_at(owner, a).eps, child_at(owner, b).eps
     return None if eps[0] == eps[1] else f"{a} and {b} have different eps, {eps[0]} and {eps[1]}"
-
-
-def _plain(owner: nn.Module, path: str, kind: type) -> str | None:
-    """The kernels take a child's weight and never call it: it must be a plain `kind` with a plain weight."""
-    child = _at(owner, path)
-    if type(child) is not kind:
-        given = "missing" if child is None else f"a {type(child).__name__}, not a plain {kind.__name__}"
-        return f"{path} is {given} (adapter, parametrisation or quantisation?)"
-    weight = child._parameters.get("weight")
-    if weight is None:
-        return f"{path} has no weight of its own"
-    if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
-        return f"{path}.weight is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
-    return None
 
 
 def _own_forward(module: nn.Module | None, name: str) -> str | None:
@@ -165,30 +150,3 @@ def _own_forward(module: nn.Module | None, name: str) -> str | None:
 def _defines(cls: type, method: str, name: str) -> bool:
     """Whether a class takes a method from the class called `name`: torchscale is never imported."""
     return getattr(getattr(cls, method, None), "__qualname__", "") == f"{name}.{method}"
-
-
-def _untouched(root: nn.Module, name: str) -> str | None:
-    """Hooks, patched forwards and dropout anywhere inside: the kernels call none of these modules."""
-    for path, module in walk(root, name):
-        if has_hooks(module):
-            return f"{path} carries hooks, which the kernels would not run"
-        if "forward" in vars(module):
-            return f"{path} has a patched forward (activation checkpointing or offloading?)"
-        if isinstance(module, nn.Dropout) and module.p > 0.0:
-            return f"{path} has dropout {module.p}, which the kernels do not apply"
-    return None
-
-
-def walk(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """All modules with their paths, as `named_modules` but several times faster: this runs in every call."""
-    found = [(name, root)]
-    for path, module in found:
-        found += [(f"{path}.{n}", child) for n, child in module._modules.items() if child is not None]
-    return found
-
-
-def _at(module: nn.Module | None, path: str) -> nn.Module | None:
-    """The child at a dotted path, or None."""
-    for name in path.split("."):
-        module = None if module is None else module._modules.get(name)
-    return module

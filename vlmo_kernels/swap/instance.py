@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Swapped:
@@ -56,21 +57,45 @@ def is_swapped(module: nn.Module) -> bool:
     return isinstance(module, Swapped)
 
 
-def not_plain(owner: nn.Module, path: str, kind: type) -> str | None:
-    """Why a child cannot be read as a plain `kind`: the kernels take its weights and never call it."""
-    child = owner
-    for name in path.split("."):
-        child = getattr(child, name, None)
-        if child is None:
-            return f"{path} is missing"
-        if has_hooks(child):
-            return f"{path if child is not owner else name} carries hooks, which the kernels would not run"
+def plain(owner: nn.Module, path: str, kind: type) -> str | None:
+    """The kernels take a child's weight and never call it: it must be a plain `kind` with a plain weight."""
+    child = child_at(owner, path)
     if type(child) is not kind:
-        return f"{path} is a {type(child).__name__}, not a plain {kind.__name__} (adapter or parametrisation?)"
-    weight = child.weight
-    if weight is not None and not weight.is_floating_point():
-        return f"{path}.weight is quantised ({weight.dtype})"
+        given = "missing" if child is None else f"a {type(child).__name__}, not a plain {kind.__name__}"
+        return f"{path} is {given} (adapter, parametrisation or quantisation?)"
+    weight = child._parameters.get("weight")
+    if weight is None:
+        return f"{path} has no weight of its own"
+    if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+        return f"{path}.weight is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
     return None
+
+
+def untouched(root: nn.Module, name: str) -> str | None:
+    """Hooks, patched forwards and dropout anywhere inside: the kernels call none of these modules."""
+    for path, module in walk(root, name):
+        if has_hooks(module):
+            return f"{path} carries hooks, which the kernels would not run"
+        if "forward" in vars(module):
+            return f"{path} has a patched forward (activation checkpointing or offloading?)"
+        if isinstance(module, nn.Dropout) and module.p > 0.0:
+            return f"{path} has dropout {module.p}, which the kernels do not apply"
+    return None
+
+
+def walk(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """All modules with their paths, as `named_modules` but several times faster: this runs in every call."""
+    found = [(name, root)]
+    for path, module in found:
+        found += [(f"{path}.{n}", child) for n, child in module._modules.items() if child is not None]
+    return found
+
+
+def child_at(module: nn.Module | None, path: str) -> nn.Module | None:
+    """The child at a dotted path, or None."""
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def has_hooks(module: nn.Module) -> bool:

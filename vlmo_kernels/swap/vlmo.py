@@ -10,7 +10,7 @@ from vlmo_kernels.modules.drop_path import drop_path_scale, sample_drop_path_sca
 from vlmo_kernels.ops import routed_ffn, routed_linear, routed_norm, shared_attention
 
 from .batch_plan import split_layout
-from .instance import Swapped, has_hooks, not_plain
+from .instance import Swapped, child_at, plain, untouched
 
 WHAT = "VLMo block, block depth: packs and unpacks around itself"
 _MODALITIES = ("text", "image")
@@ -35,24 +35,11 @@ class SwappedVLMoBlock(Swapped):
 
     @staticmethod
     def check(block: nn.Module) -> str | None:
-        linears = ["attn.qkv", "attn.proj"]
-        norms = ["norm1"]
-        for part in ("text", "image", "vl"):
-            if getattr(block, _MLPS[part], None) is not None:
-                linears += [f"{_MLPS[part]}.fc1", f"{_MLPS[part]}.fc2"]
-                norms.append(_NORMS[part])
-        for paths, kind in ((linears, nn.Linear), (norms, nn.LayerNorm)):
-            for path in paths:
-                why = not_plain(block, path, kind)
-                if why:
-                    return why
-        for name in _MLPS.values():
-            activation = getattr(getattr(block, name, None), "act", None)
-            if activation is not None and (
-                type(activation) is not nn.GELU or activation.approximate != "none"
-            ):
-                return f"{name}.act is {activation!r}, not an exact GELU"
-        return _dropout(block)
+        for name, child in block._modules.items():
+            why = None if child is None else untouched(child, name)
+            if why:
+                return why
+        return _parts(block)
 
     def forward(self, x, mask=None, modality_type=None, relative_position_bias=None):
         if torch.is_tensor(mask) and mask.dim() != 2 or self.check(self) is not None:
@@ -132,13 +119,23 @@ def _gamma(block: nn.Module, name: str) -> torch.Tensor | None:
     return gamma if isinstance(gamma, torch.Tensor) else None
 
 
-def _dropout(block: nn.Module) -> str | None:
-    for name, module in block.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0.0:
-            return f"{name} has dropout {module.p}, which the kernels do not apply"
-    for owner in (block.attn, block.mlp_text, block.mlp_imag):
-        if has_hooks(owner):
-            return "a child carries hooks, which the kernels would not run"
+def _parts(block: nn.Module) -> str | None:
+    """Whether every layer is what the kernels compute, and what the block does between them."""
+    linears, norms = ["attn.qkv", "attn.proj"], ["norm1"]
+    for part, name in _MLPS.items():
+        mlp = child_at(block, name)
+        if mlp is None:
+            continue
+        linears += [f"{name}.fc1", f"{name}.fc2"]
+        norms.append(_NORMS[part])
+        activation = mlp._modules.get("act")
+        if activation is not None and (type(activation) is not nn.GELU or activation.approximate != "none"):
+            return f"{name}.act is {activation!r}, not an exact GELU"
+    for paths, kind in ((linears, nn.Linear), (norms, nn.LayerNorm)):
+        for path in paths:
+            why = plain(block, path, kind)
+            if why:
+                return why
     for name in ("gamma_1", "gamma_2"):
         gamma = getattr(block, name, 1.0)
         if not isinstance(gamma, torch.Tensor) and gamma not in (1, None):

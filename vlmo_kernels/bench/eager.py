@@ -1,0 +1,87 @@
+"""The ops as users write them, unfused and op by op: the measure of rounding that `check` grants."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vlmo_kernels.layout import ModalityLayout
+
+from .probe import Call
+
+
+def run(call: Call) -> torch.Tensor:
+    """The result of a probe in eager torch, experts by row index, attention sample by sample."""
+    t, layout = call.tensors, call.layout
+    return _FUNCTIONS[call.op](t, layout)
+
+
+def _routed(layout: ModalityLayout, rows: int, function) -> torch.Tensor:
+    """`function(expert, rows)` for the rows of both modalities, which are contiguous."""
+    middle = int(layout.group_offsets[2])
+    return torch.cat([function(0, slice(0, middle)), function(1, slice(middle, rows))])
+
+
+def _linear(t, layout):
+    x, r = t["x"], t["residual"]
+    return _routed(
+        layout, len(x), lambda e, s: r[s] + t[f"gamma{e}"] * F.linear(x[s], t[f"w{e}"], t[f"b{e}"])
+    )
+
+
+def _normed(t, layout, x):
+    return _routed(
+        layout, len(x), lambda e, s: F.layer_norm(x[s], x.shape[1:], t[f"n{e}"], t[f"m{e}"], 1e-6)
+    )
+
+
+def _norm(t, layout):
+    z = t["x"] + t["residual"]
+    return torch.cat([_normed(t, layout, z), z], dim=1)
+
+
+def _ffn(t, layout, x=None, residual=None):
+    x, r = (t["x"], t["residual"]) if x is None else (x, residual)
+
+    def expert(e, s):
+        h = F.gelu(F.linear(x[s], t[f"w1{e}"], t[f"b1{e}"]))
+        return r[s] + t[f"gamma{e}"] * F.linear(h, t[f"w2{e}"], t[f"b2{e}"])
+
+    return _routed(layout, len(x), expert)
+
+
+def _attention(t, layout, q=None, k=None, v=None):
+    q, k, v = (t["q"], t["k"], t["v"]) if q is None else (q, k, v)
+    at = layout.cu_seqlens.tolist()
+    outs, order = [q[:0]], []
+    for start, end in zip(at[:-1], at[1:], strict=True):
+        rows = layout.rows[start:end].long()
+        where = layout.positions[rows].long()
+        qs, ks, vs = (a[rows].transpose(0, 1) for a in (q, k, v))
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = (qs * q.shape[-1] ** -0.5).to(dtype) @ ks.to(dtype).transpose(1, 2)
+        p = (scores + t["bias"][:, where[:, None], where]).softmax(-1).to(v.dtype)
+        outs.append((p @ vs).transpose(0, 1))
+        order.append(rows)
+    if not order:
+        return torch.cat(outs)
+    return torch.cat(outs)[torch.cat(order).argsort()]
+
+
+def _block(t, layout):
+    x, heads = t["x"], 2
+    width = x.shape[1]
+    h = F.layer_norm(x, (width,), t["n"], t["m"], 1e-6)
+    q, k, v = F.linear(h, t["qkv"], t["qkv_b"]).view(len(x), 3, heads, width // heads).unbind(1)
+    o = _attention(t, layout, q, k, v).reshape(len(x), width)
+    x = x + t["gamma"] * F.linear(o, t["proj"], t["proj_b"])
+    return _ffn(t, layout, _normed(t, layout, x), x)
+
+
+_FUNCTIONS = {
+    "routed_linear": _linear,
+    "routed_norm": _norm,
+    "routed_ffn": _ffn,
+    "shared_attention": _attention,
+    "mome_block": _block,
+}

@@ -1,0 +1,119 @@
+"""`vlmo-kernels bench` and `vlmo-kernels compare`."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import environment, rows
+from .cases import CASES, DEFAULT
+from .display import megabytes, milliseconds, progress, table
+from .harness import Result, gate, measure
+
+SUITES = ("block", "ffn", "attention")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def run(
+    suite: str,
+    device: str = "cpu",
+    json: Path | None = None,
+    dtypes: Sequence[str] = (),
+    cases: Sequence[str] = (),
+    rounds: int = 10,
+) -> int:
+    """Time a suite, print tables, write rows; 1 if a contestant of ours was wrong."""
+    if suite not in SUITES:
+        raise ValueError(f"bench: suite must be one of {', '.join(SUITES)}, got {suite!r}")
+    for name in cases:
+        if name not in CASES:
+            raise ValueError(f"bench: case must be one of {', '.join(CASES)}, got {name!r}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise RuntimeError(f"bench: device {device!r} needs a GPU that torch can use, none was found")
+    module = importlib.import_module(f"vlmo_kernels.bench.{suite}")
+    chosen = [DTYPES[d] for d in dtypes] or _default_dtypes(device)
+    plan = [(c, d, p) for c in cases or DEFAULT for d in chosen for p in module.PASSES]
+    found, wrong = [], False
+    print(f"{environment.device_name(device)}; torch {torch.__version__}; F.linear: {environment.gemm_library()}")
+    with progress(f"bench {suite}", len(plan)) as bar:
+        for case, dtype, pass_ in plan:
+            bar.step(f"{case}, {_short(dtype)}, {pass_}")
+            results = run_case(suite, case, dtype, pass_, device, rounds)
+            wrong |= any(r.name.startswith("ours") and r.skipped not in ("", "inference only") for r in results)
+            _print(suite, case, dtype, pass_, results, module.EAGER)
+            found += [_row(suite, case, dtype, pass_, device, r) for r in results if r.times_ms]
+    if json is not None:
+        rows.write(json, found)
+        print(f"wrote {json}")
+    return int(wrong)
+
+
+def run_case(suite: str, case: str, dtype: torch.dtype, pass_: str, device: str, rounds: int) -> list[Result]:
+    """Gate and time one case."""
+    module = importlib.import_module(f"vlmo_kernels.bench.{suite}")
+    contestants, expected = module.build(CASES[case], device, dtype, pass_)
+    results = gate(contestants, expected, pass_, module.EAGER)
+    measure(contestants, results, pass_, device, rounds)
+    return results
+
+
+def _default_dtypes(device: str) -> list[torch.dtype]:
+    low = device != "cpu" or environment.cpu_supports_bf16()
+    return [torch.float32, torch.bfloat16] if low else [torch.float32]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _row(suite: str, case: str, dtype: torch.dtype, pass_: str, device: str, result: Result) -> dict:
+    return rows.make_row(
+        suite=suite, case=case, contestant=result.name, pass_=pass_, dtype=dtype, times_ms=result.times_ms,
+        max_err=result.verdict.max_err, rms_err=result.verdict.rms_err, saved_bytes=result.saved_bytes,
+        device=device,
+    )  # fmt: skip
+
+
+def _print(suite, case, dtype, pass_, results: Sequence[Result], eager: str) -> None:
+    base = next((statistics.median(r.times_ms) for r in results if r.name == eager and r.times_ms), None)
+    lines = []
+    for r in results:
+        if r.skipped == "inference only":
+            continue
+        if not r.times_ms:
+            lines.append([r.name, "-", "-", "-", "-", "-", "-", r.skipped])
+            continue
+        median = statistics.median(r.times_ms)
+        lines.append([
+            r.name, milliseconds(median), milliseconds(min(r.times_ms)), f"{base / median:.2f}x" if base else "-",
+            f"{r.verdict.max_err:.1e}", megabytes(r.saved_bytes), megabytes(r.peak_bytes), r.note,
+        ])  # fmt: skip
+    columns = ["contestant", "median", "fastest", "speed", "max error", "saved", "peak", ""]
+    table(f"{suite}, {case}, {_short(dtype)}, {pass_}", columns, lines)
+
+
+def compare(base: Path, head: Path, threshold: float = 1.1) -> int:
+    """Print two results files side by side; 1 on a regression.
+
+    Raises:
+        ValueError: a file has no rows of this schema, or the two have none in common.
+    """
+    found = rows.compare(rows.read(base), rows.read(head), threshold)
+    if not found:
+        raise ValueError(
+            f"compare: '{base}' and '{head}' must have rows of the same suite, case, contestant, pass, dtype and "
+            "device, they share none"
+        )
+    lines = [
+        [
+            f"{r['suite']} {r['case']} {r['contestant']}", r["pass"], r["dtype"], milliseconds(r["base_ms"]),
+            milliseconds(r["head_ms"]), f"{r['ratio']:.2f}", "REGRESSION" if r["regression"] else "",
+        ]
+        for r in found
+    ]  # fmt: skip
+    table(f"head / base, threshold {threshold:g}", ["row", "pass", "dtype", "base", "head", "ratio", ""], lines)
+    return int(any(r["regression"] for r in found))
