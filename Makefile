@@ -120,7 +120,8 @@ gpu-correctness:
 gpu-bench:
 	@mkdir -p benchmarks/results/$(GPU_NAME)
 	for suite in block ffn attention; do \
-	  $(GPU) -m vlmo_kernels.cli bench $$suite --device cuda --json benchmarks/results/$(GPU_NAME)/$$suite.json; done
+	  $(GPU) -c 'import pathlib, sys; from vlmo_kernels.bench.run import run; sys.exit(run(sys.argv[1], "cuda", pathlib.Path(sys.argv[2])))' \
+	    $$suite benchmarks/results/$(GPU_NAME)/$$suite.json; done
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache

@@ -45,7 +45,7 @@ _ROOMY = {
     "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
     "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
     "short": {64: (256, 32, 8, 2), 128: (128, 32, 8, 2)},
-    "dbias": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    "dbias": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
 }
 # The same on parts with 99 KiB (sm_86, sm_89, sm_120).
 _TIGHT = {
@@ -57,16 +57,23 @@ _TIGHT = {
 }
 # fp32: operands take twice the room, and without tensor cores (IEEE) a tile's products sit in registers.
 _FP32 = {
-    "fwd": {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
-    "dq": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "dkdv": {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
-    "short": {64: (64, 16, 4, 1)},
-    "dbias": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "dq": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "short": {64: (64, 16, 8, 1)},
+    "dbias": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
+_FP32_TIGHT = _FP32 | {"dq": {**_FP32["dq"], 256: (16, 16, 8, 1)}}
 
 
 def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def _entry(kernel: str, itemsize: int, head_dim: int, small_memory: bool) -> tuple[int, ...] | None:
+    wide, narrow = (_FP32_TIGHT, _TIGHT) if small_memory else (_FP32, _ROOMY)
+    table = wide if itemsize == 4 else narrow
+    return table[kernel].get(max(padded_head_dim(head_dim), 64))
 
 
 def config_for(
@@ -76,8 +83,7 @@ def config_for(
 
     `max_seqlen` counts only by bucket: lengths change from batch to batch, configurations are compiled.
     """
-    table = _FP32 if itemsize == 4 else _TIGHT if small_memory else _ROOMY
-    entry = table[kernel].get(max(padded_head_dim(head_dim), 64))
+    entry = _entry(kernel, itemsize, head_dim, small_memory)
     if entry is None:
         return None
     config = Config(*entry)
@@ -89,7 +95,7 @@ def config_for(
         rows = min(config.block_m, 64 if max_seqlen <= 64 else 128 if max_seqlen <= 128 else 256)
         return config._replace(block_m=rows)
     if kernel == "dkdv" and bias and config.block_m == 64 and config.block_n == 128:
-        return Config(64, 64, 4, 2)  # 64 x 128 spills 24 bytes with a bias and a causal mask
+        return Config(32, 128, 8, 2)  # 64 x 128 spills 24 bytes with a bias and a causal mask
     if max_seqlen <= 64 and max(config.block_m, config.block_n) > 64:  # text: half of 128 rows would idle
         return Config(min(config.block_m, 64), min(config.block_n, 64), min(config.warps, 4), config.stages)
     return config
@@ -309,7 +315,7 @@ def audit_cases() -> list[AuditCase]:
                 cases += [_audit_case(kernel, "bf16", head_dim, 0, False, small)] if kernel != "dbias" else []
                 cases.append(_audit_case(kernel, "bf16", head_dim, 0, True, small))
         for head_dim in (64, 128, 256):
-            cases.append(_audit_case(kernel, "fp32", head_dim, 0, True, False))
+            cases += [_audit_case(kernel, "fp32", head_dim, 0, True, small) for small in (False, True)]
         cases.append(_audit_case(kernel, "fp16", 64, 0, True, False))
     return [case for case in cases if case is not None]
 
@@ -319,8 +325,7 @@ def _audit_case(
 ) -> AuditCase | None:
     """`masked`: with bias, causal mask and prefix. `max_seqlen` 0: the longest that the kernel takes."""
     itemsize, function = 4 if dtype == "fp32" else 2, _KERNELS[kernel]
-    table = _FP32 if itemsize == 4 else _TIGHT if small else _ROOMY
-    entry = table[kernel].get(max(padded_head_dim(head_dim), 64))
+    entry = _entry(kernel, itemsize, head_dim, small)
     if entry is None:
         return None
     length = max_seqlen or (entry[0] if kernel == "short" else 1024)
@@ -346,7 +351,7 @@ def _audit_case(
         constants=constants,
         num_warps=config.warps,
         num_stages=config.stages,
-        archs=(_TIGHT_ARCHS if small else _ROOMY_ARCHS if itemsize == 2 else _ROOMY_ARCHS + _TIGHT_ARCHS),
+        archs=_TIGHT_ARCHS if small else _ROOMY_ARCHS,
         # S^T and dk, dv have the key tile as rows: wgmma needs 64; dbias and dq have the query tile.
         wgmma=itemsize == 2 and (config.block_n if kernel == "dkdv" else config.block_m) >= 64,
     )

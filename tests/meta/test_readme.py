@@ -1,0 +1,14 @@
+"""README: its results are what the result files say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_results_section_is_generated():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
