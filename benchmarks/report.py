@@ -1,7 +1,7 @@
 """Writes the results section of README.md from the committed result files.
 
-    python benchmarks/report.py            # rewrite the section
-    python benchmarks/report.py --check    # exit 1 if it is not what the files say
+python benchmarks/report.py            # rewrite the section
+python benchmarks/report.py --check    # exit 1 if it is not what the files say
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def main() -> int:
     new = f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
     if "--check" in sys.argv[1:]:
         if new != text:
-            print("README.md: the results section must say what benchmarks/results holds. Hint: run benchmarks/report.py")
+            print(
+                "README.md: the results section must say what benchmarks/results holds. Hint: run benchmarks/report.py"
+            )
         return int(new != text)
     README.write_text(new)
     return 0

@@ -110,7 +110,16 @@ def _app():
         rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
     ) -> None:
         """Time one suite: correctness gate first, then interleaved rounds."""
-        _run("bench.run", "run", suite.value, device, json, tuple(d.value for d in dtype or ()), tuple(case or ()), rounds)
+        _run(
+            "bench.run",
+            "run",
+            suite.value,
+            device,
+            json,
+            tuple(d.value for d in dtype or ()),
+            tuple(case or ()),
+            rounds,
+        )
 
     @app.command()
     def compare(

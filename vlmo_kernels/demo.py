@@ -62,9 +62,7 @@ def run(options: Options) -> int:
         inputs = model_part.load_inputs(options.config, options.vocab, options.device)
         bar.step(f"VLMo {options.config}, {'random weights' if options.checkpoint is None else options.checkpoint}")
         for dtype in dtypes:
-            model = model_part.build_model(
-                options.config, inputs.vocab_size, options.checkpoint, options.device, dtype
-            )
+            model = model_part.build_model(options.config, inputs.vocab_size, options.checkpoint, options.device, dtype)
             outcomes += _one_dtype(model_part, model, inputs, dtype, options, bar)
             del model
     _report(model_part, outcomes, inputs, options, time.perf_counter() - begun)
@@ -147,7 +145,9 @@ def _agreement(values, reference, expected, samples) -> Verdict:
 
     By the triangle inequality two results that keep the rule are at most three times the published error apart.
     """
-    verdict = judge(*(torch.cat(list(v)) for v in ([values[i] for i in samples], expected, [reference[i] for i in samples])))
+    verdict = judge(
+        *(torch.cat(list(v)) for v in ([values[i] for i in samples], expected, [reference[i] for i in samples]))
+    )
     if not verdict.ok:
         return verdict
     apart = max(float((a.double() - b.double()).abs().max()) for a, b in zip(values, reference))
@@ -177,8 +177,12 @@ def _report(model_part, outcomes: list[Outcome], inputs, options: Options, secon
     found = []
     lengths = inputs.text_mask.sum(1).tolist()
     case = f"vlmo_{options.config} fusion, {len(lengths)} pairs"
-    print(f"{environment.device_name(options.device)}; torch {torch.__version__}; F.linear: {environment.gemm_library()}")
-    print(f"{case}; captions of {min(lengths)} to {max(lengths)} tokens padded to {inputs.text_mask.shape[1]}, plus image")
+    print(
+        f"{environment.device_name(options.device)}; torch {torch.__version__}; F.linear: {environment.gemm_library()}"
+    )
+    print(
+        f"{case}; captions of {min(lengths)} to {max(lengths)} tokens padded to {inputs.text_mask.shape[1]}, plus image"
+    )
     for dtype in dict.fromkeys(o.dtype for o in outcomes):
         group = [o for o in outcomes if o.dtype == dtype]
         base = next(o for o in group if o.name == BASELINE)
@@ -195,8 +199,16 @@ def _report(model_part, outcomes: list[Outcome], inputs, options: Options, secon
             ])  # fmt: skip
             found.append(
                 rows.make_row(
-                    suite=SUITE, case=case, contestant=o.name, pass_="forward", dtype=o.dtype, times_ms=o.times_ms,
-                    max_err=o.verdict.max_err, rms_err=o.verdict.rms_err, saved_bytes=o.saved, device=options.device,
+                    suite=SUITE,
+                    case=case,
+                    contestant=o.name,
+                    pass_="forward",
+                    dtype=o.dtype,
+                    times_ms=o.times_ms,
+                    max_err=o.verdict.max_err,
+                    rms_err=o.verdict.rms_err,
+                    saved_bytes=o.saved,
+                    device=options.device,
                 )  # fmt: skip
             )
         table(
@@ -204,8 +216,9 @@ def _report(model_part, outcomes: list[Outcome], inputs, options: Options, secon
             f"{max((len(o.times_ms) for o in group), default=0)} interleaved rounds",
             ["contestant", "median", "fastest", "speed", "max error", "saved for backward", "what it is"],
             lines,
-            f"error: against the published model in fp64 on valid tokens; accepted within {MAX_FACTOR:g}x (largest) and "
-            f"{RMS_FACTOR:g}x (RMS) of the published model's own. Saved: one training pass without parameters (compile: see `bench block`).",
+            f"error: against the published model in fp64 on valid tokens; accepted within {MAX_FACTOR:g}x "
+            f"(largest) and {RMS_FACTOR:g}x (RMS) of the published model's own. "
+            "Saved: one training pass, without parameters (for compile see `bench block`).",
         )
     rows.write(options.out / "results.json", found)
     written = [options.out / "results.json"]

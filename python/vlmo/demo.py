@@ -150,7 +150,9 @@ def first_samples(inputs: Inputs, samples: list[int]) -> Inputs:
 def valid_values(output: Any, inputs: Inputs) -> list[Tensor]:
     """For every sample its valid features, [valid tokens + 1, dim]: text, image, pooled."""
     return [
-        torch.cat([output.text_feats[b][inputs.text_mask[b].bool()], output.image_feats[b], output.cls_feats[b : b + 1]])
+        torch.cat(
+            [output.text_feats[b][inputs.text_mask[b].bool()], output.image_feats[b], output.cls_feats[b : b + 1]]
+        )
         for b in range(len(inputs.captions))
     ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -57,9 +58,7 @@ def compared(
         pools.setdefault(name, []).append([(t * factor).flatten() for t in (actual, expected, eager)])
 
     for case, seed in product(cases, range(seeds)):
-        leaves = problem.leaves(case, dtype, seed)
-        expected, right = problem.run(problem.ours, in_fp64(leaves), case, case.layout(), "reference")
-        unfused, unfused_grads = problem.run(problem.eager, leaves, case)
+        leaves, (expected, right), (unfused, unfused_grads) = _measure(problem, case, dtype, seed)
         values, grads = problem.run(ours or problem.ours, leaves, case, case.layout(static), impl)
         for i, three in enumerate(zip(values, expected, unfused, strict=True)):
             add(f"output {i}", f"{case.name} output {i}", *three)
@@ -69,6 +68,14 @@ def compared(
             eager = torch.zeros_like(leaves[leaf]) if unfused_grads[leaf] is None else unfused_grads[leaf]
             add(f"gradient of {leaf.partition('.')[0]}", what, grads[leaf], right[leaf], eager)
     return {name: [torch.cat(parts) for parts in zip(*pool, strict=True)] for name, pool in pools.items()}
+
+
+@lru_cache(maxsize=64)
+def _measure(problem: Problem, case: Case, dtype: torch.dtype, seed: int):
+    """Leaves, the fp64 reference and eager's results: the same for every implementation and mutant."""
+    leaves = problem.leaves(case, dtype, seed)
+    expected = problem.run(problem.ours, in_fp64(leaves), case, case.layout(), "reference")
+    return leaves, expected, problem.run(problem.eager, leaves, case)
 
 
 def _to_magnitude_one(expected: torch.Tensor) -> float:

@@ -30,7 +30,7 @@ def none(case: Case) -> Leaves:
     return {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """One op in one variant.
 

@@ -88,12 +88,14 @@ def two_blocks(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_plans_of_one_mask_are_merged(training: bool) -> None:
-    """Every block plans for itself; common-subexpression elimination leaves one plan."""
+def test_plans_of_one_mask_are_merged() -> None:
+    """Every block plans for itself; in training, common-subexpression elimination leaves one plan.
+
+    Inductor does not eliminate calls of custom ops from graphs without a backward.
+    """
     from torch._inductor.utils import run_and_get_code
 
-    x = torch.randn(2, 5, 3, requires_grad=training)
+    x = torch.randn(2, 5, 3, requires_grad=True)
     _, code = run_and_get_code(torch.compile(two_blocks, fullgraph=True), x, torch.ones(2, 5).long())
     assert sum(text.count("torch.ops.vlmo_kernels.plan.default(") for text in code) == 1
 

@@ -85,14 +85,14 @@ LAYOUT_ERRORS = {
         "lengths must be known on the host.*Hint: use from_lengths"),
 }  # fmt: skip
 
-W, N = [t(6, 4), t(6, 4)], [t(4), t(4)]
+W, W2, N = [t(6, 4), t(6, 4)], [t(4, 6), t(4, 6)], [t(4), t(4)]
 
 
 def linear(x=None, w=W, b=None, layout=L, *rest, **options):
     return vk.routed_linear(t(9, 4) if x is None else x, w, b, layout, *rest, **options)
 
 
-def ffn(w1=W, w2=(t(4, 6),) * 2, **options):
+def ffn(w1=W, w2=W2, **options):
     return vk.routed_ffn(t(9, 4), w1, None, w2, None, L, **options)
 
 
@@ -189,7 +189,8 @@ OP_ERRORS = {
     "prefix of another shape": (
         lambda: attention(prefix=t(3).int(), causal=True, **KV), ValueError, r"`prefix` must be \[2\], got \[3\]"),
     "prefix of int64": (
-        lambda: attention(prefix=t(2).long(), causal=True, **KV), ValueError, "`prefix` must be int32, got torch.int64"),
+        lambda: attention(prefix=t(2).long(), causal=True, **KV), ValueError,
+        "`prefix` must be int32, got torch.int64"),
     "block of other rows": (lambda: block(t(8, 4)), ValueError, r"mome_block: `x` must be .* got \[8, 4\]"),
     "block heads": (lambda: block(heads=3), ValueError, "mome_block: `heads` must divide the width 4 .* got 3"),
 }  # fmt: skip

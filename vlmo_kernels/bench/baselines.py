@@ -40,8 +40,7 @@ class PaddedBlock(nn.Module):
         block, attn = self.block, self.block.attn
         batch, length, dim = x.shape
         h = block.norm1.shared(x)
-        qkv_bias = torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])
-        qkv = F.linear(h, attn.qkv.weight, qkv_bias).view(batch, length, 3, attn.heads, -1)
+        qkv = attn.qkv(h).view(batch, length, 3, attn.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         o = self.attend(q, k, v, mask, bias, (dim // attn.heads) ** -0.5)
         x = x + block.gamma_1 * attn.proj(o.transpose(1, 2).reshape(batch, length, dim))

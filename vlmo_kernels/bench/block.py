@@ -63,6 +63,8 @@ def build(case: Case, device: str, dtype: torch.dtype, pass_: str) -> tuple[list
         frozen.scope = lambda: frozen_weights(block)
         contestants.append(frozen)
     double = copy.deepcopy(block).double()
-    batch64 = Batch(case, batch.layout, batch.mask, batch.rows, batch.x.double(), batch.dy.double(), batch.bias.double())
+    batch64 = Batch(
+        case, batch.layout, batch.mask, batch.rows, batch.x.double(), batch.dy.double(), batch.bias.double()
+    )
     reference = _padded("fp64", PaddedBlock(double, case.text_length, attend_published), double, batch64)
     return contestants, results_of(reference, pass_)

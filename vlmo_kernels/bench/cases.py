@@ -68,8 +68,14 @@ CASES = {
         Case("vlmo_base_pairs16", 768, 12, 3072, _texts(_PAIRS, 12, 40), (197,) * _PAIRS, 40, 197),
         # A third images, a third texts, a third pairs, all padded to 237.
         Case(
-            "vlmo_base_mixed18", 768, 12, 3072, (0,) * 6 + _MIXED_TEXTS[6:], (197,) * 6 + (0,) * 6 + (197,) * 6,
-            40, 197,
+            "vlmo_base_mixed18",
+            768,
+            12,
+            3072,
+            (0,) * 6 + _MIXED_TEXTS[6:],
+            (197,) * 6 + (0,) * 6 + (197,) * 6,
+            40,
+            197,
         ),  # fmt: skip
         Case("smoke", 64, 4, 256, (3, 7, 1, 8), (17, 17, 17, 17), 8, 17),
     )
@@ -111,4 +117,6 @@ def make_batch(case: Case, device: str, dtype: torch.dtype) -> Batch:
     rows = layout.sample_of_row.long() * case.length + layout.positions.long()
     # The bias is looked up in a table that all layers share, so no contestant pays for that here.
     bias = draw(case.heads, case.length, case.length)
-    return Batch(case, layout, case.mask(device), rows, draw(layout.tokens, case.dim), draw(layout.tokens, case.dim), bias)
+    return Batch(
+        case, layout, case.mask(device), rows, draw(layout.tokens, case.dim), draw(layout.tokens, case.dim), bias
+    )

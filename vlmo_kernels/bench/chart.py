@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
 
 _COLOURS = {"published": "#8c8c8c", "sdpa": "#6f9fd8", "compile": "#e0a458", "ours": "#3a8f5c"}
 

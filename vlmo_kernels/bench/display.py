@@ -60,12 +60,23 @@ def progress(title: str, total: int) -> Iterator[Steps]:
     else:
         rich = Console(stderr=True)
     if rich is None or not rich.is_terminal:
+
         def line(text: str, done: int) -> None:
-            print(f"[{time.perf_counter() - begun:5.1f} s] {title} {done + 1}/{total}: {text}", file=sys.stderr, flush=True)
+            print(
+                f"[{time.perf_counter() - begun:5.1f} s] {title} {done + 1}/{total}: {text}",
+                file=sys.stderr,
+                flush=True,
+            )
 
         yield Steps(line, total)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=rich, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield Steps(lambda text, done: bar.update(task, completed=done, description=f"{title}: {text}"), total)

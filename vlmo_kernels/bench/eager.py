@@ -9,11 +9,17 @@ from vlmo_kernels.layout import ModalityLayout
 
 from .probe import Call
 
+FORMS = {"shared_attention": ("scores", "sdpa"), "mome_block": ("scores", "sdpa")}
 
-def run(call: Call) -> torch.Tensor:
-    """The result of a probe in eager torch, experts by row index, attention sample by sample."""
-    t, layout = call.tensors, call.layout
-    return _FUNCTIONS[call.op](t, layout)
+
+def run(call: Call, form: str = "scores") -> torch.Tensor:
+    """The result of a probe in eager torch, experts by row index, attention sample by sample.
+
+    Eager torch attends in two ways: with a score matrix, or by its fused attention, whose backward computes the
+    probabilities again from a rounded log-sum-exp. `form` "sdpa" is the second, which gives the bias no gradient.
+    """
+    t = call.tensors if form == "scores" else call.tensors | {"form": form}
+    return _FUNCTIONS[call.op](t, call.layout)
 
 
 def _routed(layout: ModalityLayout, rows: int, function) -> torch.Tensor:
@@ -24,15 +30,11 @@ def _routed(layout: ModalityLayout, rows: int, function) -> torch.Tensor:
 
 def _linear(t, layout):
     x, r = t["x"], t["residual"]
-    return _routed(
-        layout, len(x), lambda e, s: r[s] + t[f"gamma{e}"] * F.linear(x[s], t[f"w{e}"], t[f"b{e}"])
-    )
+    return _routed(layout, len(x), lambda e, s: r[s] + t[f"gamma{e}"] * F.linear(x[s], t[f"w{e}"], t[f"b{e}"]))
 
 
 def _normed(t, layout, x):
-    return _routed(
-        layout, len(x), lambda e, s: F.layer_norm(x[s], x.shape[1:], t[f"n{e}"], t[f"m{e}"], 1e-6)
-    )
+    return _routed(layout, len(x), lambda e, s: F.layer_norm(x[s], x.shape[1:], t[f"n{e}"], t[f"m{e}"], 1e-6))
 
 
 def _norm(t, layout):
@@ -58,14 +60,22 @@ def _attention(t, layout, q=None, k=None, v=None):
         rows = layout.rows[start:end].long()
         where = layout.positions[rows].long()
         qs, ks, vs = (a[rows].transpose(0, 1) for a in (q, k, v))
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        scores = (qs * q.shape[-1] ** -0.5).to(dtype) @ ks.to(dtype).transpose(1, 2)
-        p = (scores + t["bias"][:, where[:, None], where]).softmax(-1).to(v.dtype)
-        outs.append((p @ vs).transpose(0, 1))
+        bias = t["bias"][:, where[:, None], where]
+        outs.append(_attend(qs, ks, vs, bias, fused="form" in t).transpose(0, 1))
         order.append(rows)
     if not order:
         return torch.cat(outs)
     return torch.cat(outs)[torch.cat(order).argsort()]
+
+
+def _attend(q, k, v, bias, fused):
+    """`[H, n, Dh]` each."""
+    if fused and q.shape[1]:
+        operands = (a[None] for a in (q, k, v))
+        return F.scaled_dot_product_attention(*operands, attn_mask=bias.detach()[None].to(q.dtype))[0]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q * q.shape[-1] ** -0.5).to(dtype) @ k.to(dtype).transpose(1, 2)
+    return (scores + bias).softmax(-1).to(v.dtype) @ v
 
 
 def _block(t, layout):

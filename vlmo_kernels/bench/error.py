@@ -6,6 +6,7 @@ makes of the same inputs in the same dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,17 @@ class Verdict:
         return not self.why
 
 
-def judge(actual: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor) -> Verdict:
-    """Judge `actual` against `expected` (fp64) by the error of `eager` (the same inputs, op by op)."""
+def judge(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    eager: torch.Tensor,
+    more: Sequence[tuple[float, float]] = (),
+) -> Verdict:
+    """Judge `actual` against `expected` (fp64) by the error of `eager` (the same inputs, op by op).
+
+    Args:
+        more: further (largest, RMS) errors that eager torch made of such results; the largest count.
+    """
     actual, expected, eager = actual.detach(), expected.detach().to(actual.device), eager.detach()
     nan = float("nan")
     if actual.shape != expected.shape or eager.shape != expected.shape:
@@ -60,11 +70,12 @@ def judge(actual: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor) -> 
     finite = torch.isfinite(eager) & torch.isfinite(expected)
     target = expected.where(finite, 0.0)
     error = (actual.double().where(finite, 0.0) - target).abs()
-    eager_error = (eager.double().where(finite, 0.0) - target).abs()
+    measures = [error_of(eager, expected), *more]
+    eager_max, eager_rms = (max(m[i] for m in measures) for i in (0, 1))
     eps = torch.finfo(actual.dtype).eps
     floor_max, floor_rms = FLOOR_EPS[actual.dtype]
-    max_allowed = max(MAX_FACTOR * float(eager_error.max()), floor_max * eps * float(target.abs().max()))
-    rms_allowed = max(RMS_FACTOR * rms(eager_error), floor_rms * eps * rms(target))
+    max_allowed = max(MAX_FACTOR * eager_max, floor_max * eps * float(target.abs().max()))
+    rms_allowed = max(RMS_FACTOR * eager_rms, floor_rms * eps * rms(target))
     verdict = Verdict(float(error.max()), rms(error), max_allowed, rms_allowed)
     if verdict.max_err > max_allowed or verdict.rms_err > rms_allowed:
         why = (
@@ -73,6 +84,15 @@ def judge(actual: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor) -> 
         )
         return Verdict(verdict.max_err, verdict.rms_err, max_allowed, rms_allowed, why)
     return verdict
+
+
+def error_of(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """(largest, RMS) error against fp64 where both are finite."""
+    if actual.numel() == 0:
+        return 0.0, 0.0
+    finite = torch.isfinite(actual) & torch.isfinite(expected)
+    error = (actual.double() - expected).abs().where(finite, 0.0)
+    return float(error.max()), rms(error)
 
 
 def worst(verdicts: list[Verdict]) -> Verdict:

@@ -77,9 +77,7 @@ def results_of(contestant: Contestant, pass_: str) -> dict[str, torch.Tensor]:
     return out
 
 
-def gate(
-    contestants: Sequence[Contestant], expected: dict[str, torch.Tensor], pass_: str, eager: str
-) -> list[Result]:
+def gate(contestants: Sequence[Contestant], expected: dict[str, torch.Tensor], pass_: str, eager: str) -> list[Result]:
     """Run every contestant once and judge it; the wrong and the failing are skipped from then on.
 
     Args:

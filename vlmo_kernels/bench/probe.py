@@ -37,9 +37,11 @@ def make_layout(runs: Runs, device: str) -> ModalityLayout:
     return ModalityLayout.from_runs(runs, modalities=("text", "image"), device=device)
 
 
-def make_call(op: str, layout: ModalityLayout, width: int, dtype: torch.dtype, strided: bool = False) -> Call:
+def make_call(
+    op: str, layout: ModalityLayout, width: int, dtype: torch.dtype, strided: bool = False, seed: int = 0
+) -> Call:
     """Random operands of order 1; with `strided`, activations are views with a row stride and an offset."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     rows, device = layout.tokens, layout.device
 
     def draw(*shape: int, scale: float = 1.0, wide: bool = False) -> torch.Tensor:

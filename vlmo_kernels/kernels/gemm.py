@@ -25,7 +25,13 @@ from .activations import activate
 
 
 class Config(NamedTuple):
-    """Tile sizes: BM rows by BN columns, BK of the contraction a step; the epilogue takes 1/parts of the columns."""
+    """One launch configuration.
+
+    Attributes:
+        bm, bn, bk: rows and columns of a tile, and steps of the contraction.
+        parts: the epilogue takes 1/parts of the columns at a time.
+        maxnreg: register cap, or None.
+    """
 
     bm: int
     bn: int
@@ -33,25 +39,28 @@ class Config(NamedTuple):
     warps: int
     stages: int
     parts: int = 1
+    maxnreg: int | None = None
 
 
 def config_for(dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int, int] | None) -> Config:
-    """Tiles of the forward and the input-gradient GEMM. `rows` is a capacity; `capability` None: interpreter.
+    """Tiles of the forward GEMM. `rows` is a capacity; `capability` None: interpreter.
 
-    16 bits: 128x128x64 with 8 warps takes at most 128 registers and 96 KB, two blocks an SM, so one tile's epilogue
-    overlaps another's main loop. Gated holds two accumulators, so one block an SM, or half the columns where shared
-    memory ends at 99 KB (sm_86, sm_89, sm_120). Few rows: half the tile height, to fill the SMs.
+    16 bits: 128x128x64 with 8 warps. Where two blocks fit an SM (2 x 96 KB, sm_90 and sm_100) registers are capped
+    at 128, so that one tile's epilogue overlaps another's main loop; the epilogue in halves fits without a spill (a
+    whole tile spills 928 bytes). Gated layers hold two accumulators: one block an SM, the epilogue in quarters, and
+    half the columns before sm_90, where 128 spill 288 bytes, and where shared memory ends at 99 KB (sm_120). Few
+    rows: half the tile height, to fill the SMs.
     """
     if capability is None:
         return Config(32, 32, 16, 4, 2, parts=4 if gated else 2)  # several tiles along every side of a small test
     if dtype == torch.float32:
         return Config(64, 32 if gated else 64, 32, 4, 3, parts=2)
-    small_memory = capability in ((8, 6), (8, 9)) or capability[0] == 12
-    bn = 64 if gated and small_memory else 128
+    roomy = capability[0] in (9, 10)
+    bn = 64 if gated and not roomy else 128
     parts = 4 if gated else 2
     if rows <= 1024:
         return Config(64, bn, 64, 4, 3, parts)
-    return Config(128, bn, 64, 8, 3, parts)
+    return Config(128, bn, 64, 8, 3, parts, maxnreg=128 if roomy and not gated else None)
 
 
 # ---------------------------------------------------------------- device functions shared with gemm_grad.py
@@ -405,6 +414,6 @@ def gemm(
             ACTIVATION=activation, IS_GATED=gated, SAVE=save,
             HAS_ROW_SCALE=row_scale is not None, HAS_RESIDUAL=residual is not None,
             EXACT=x.dtype == torch.float32, PRECISION=precision_of(x.dtype),
-            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
+            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages, maxnreg=c.maxnreg,
         )  # fmt: skip
     return y, pre, up

@@ -85,7 +85,7 @@ def _gemm(
     return [
         AuditCase(
             gemm_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
-            divisible=divisible, archs=archs,
+            maxnreg=c.maxnreg, divisible=divisible, archs=archs,
         )
         for c, archs in _configs(lambda capability: config_for(dtype, rows, gated, capability))
     ]  # fmt: skip
@@ -112,7 +112,7 @@ def _input_grad(
     return [
         AuditCase(
             input_grad_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
-            divisible=divisible, archs=archs,
+            maxnreg=c.maxnreg, divisible=divisible, archs=archs,
         )
         for c, archs in _configs(lambda capability: input_config_for(dtype, rows, gated, capability))
     ]  # fmt: skip

@@ -252,9 +252,15 @@ class InputGrad(NamedTuple):
 def input_config_for(
     dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int, int] | None
 ) -> Config:
-    """The forward's tiles with one accumulator; a gated epilogue keeps six values an element, so it takes quarters."""
+    """The forward's tiles with one accumulator.
+
+    A gated epilogue keeps six values an element, so it takes quarters and more than 128 registers (at 128 columns
+    at once it spills 1.7 KB); in fp32 it takes quarters as well (halves spill 8 bytes on sm_100).
+    """
     c = config_for(dtype, rows, False, capability)
-    return c._replace(parts=4) if gated else c
+    if gated:
+        return c._replace(parts=4, maxnreg=None)
+    return c._replace(parts=4) if dtype == torch.float32 else c
 
 
 def input_grad(
@@ -313,7 +319,7 @@ def input_grad(
             HAS_SECOND=dy_up is not None, HAS_ROW_SCALE=row_scale is not None,
             SAVE_H=save_hidden, SAVE_DB=save_db, ZERO_TAIL=zero_tail,
             EXACT=dy.dtype == torch.float32, PRECISION=precision_of(dy.dtype),
-            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
+            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages, maxnreg=c.maxnreg,
         )  # fmt: skip
     return out
 
