@@ -56,14 +56,16 @@ def kernel_modules() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(name), "audit_cases")]
 
 
-def audit(modules: Sequence[str], archs: Sequence[int] = ARCHS, workers: int | None = None) -> list[AuditRow]:
-    """Compile every case of the given modules for every given architecture it ships for."""
+def audit(
+    modules: Sequence[str], archs: Sequence[int] = ARCHS, workers: int | None = None, brief: bool = False
+) -> list[AuditRow]:
+    """Compile every case of the given modules (brief: one of every kernel) for every architecture it ships for."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("audit: nothing is compiled under TRITON_INTERPRET=1. Hint: unset it.")
     jobs = [
         (module, index, arch)
         for module in modules
-        for index, case in enumerate(importlib.import_module(module).audit_cases())
+        for index, case in _cases(module, brief)
         for arch in archs
         if arch in case.archs
     ]
@@ -73,6 +75,13 @@ def audit(modules: Sequence[str], archs: Sequence[int] = ARCHS, workers: int | N
     # processes, for Triton compiles under the interpreter lock; spawned, for torch's threads survive no fork
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_audit_job, jobs))
+
+
+def _cases(module: str, brief: bool) -> list[tuple[int, AuditCase]]:
+    cases = list(enumerate(importlib.import_module(module).audit_cases()))
+    if not brief:
+        return cases
+    return list({_kernel_name(case): (index, case) for index, case in reversed(cases)}.values())
 
 
 def audit_case(case: AuditCase, arch: int) -> AuditRow:
@@ -204,9 +213,9 @@ def table(rows: Sequence[AuditRow]) -> str:
     )
 
 
-def main(archs: Sequence[int] = ARCHS, modules: Sequence[str] | None = None) -> int:
+def main(archs: Sequence[int] = ARCHS, modules: Sequence[str] | None = None, brief: bool = False) -> int:
     """Print the table; 0 where every kernel is within its limits, else 1."""
-    rows = audit(kernel_modules() if modules is None else modules, archs)
+    rows = audit(kernel_modules() if modules is None else modules, archs, brief=brief)
     print(table(rows))
     breaches = sum(bool(row.breach) for row in rows)
     print(f"{len(rows)} compiled, {breaches} in breach of a limit")
@@ -217,5 +226,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="vlmo-kernels audit", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS)
     parser.add_argument("--module", nargs="+", help="modules with audit_cases (default: every kernel module)")
+    parser.add_argument("--brief", action="store_true", help="one configuration of every kernel")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.arch, arguments.module))
+    sys.exit(main(arguments.arch, arguments.module, arguments.brief))

@@ -50,6 +50,7 @@ def plan_in_torch(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...
     batch, length = ids.shape
     groups = group_count(modalities)
     ids = ids.long()
+    ids = torch.where(ids < modalities, ids, -1)  # unknown ids, unchecked on a device, are padding
     token = torch.arange(batch * length, device=ids.device)
     present = torch.stack([(ids == m).any(1) for m in range(modalities)], 1)
     mixed = present.sum(1) > 1

@@ -264,10 +264,10 @@ def test_another_samples_infinities_stay_there() -> None:
 def test_one_compiled_kernel_whatever_the_lengths() -> None:
     """Configurations and constants depend on length by bucket only; the grid on capacity only."""
     for kernel in ("fwd", "dq", "dkdv", "short", "dbias"):
-        for small in (False, True):
+        for hopper in (True, False):
             for low, high in ((1, 64), (65, 128), (129, 256), (257, 100_000)):
                 configs = {
-                    kernels.config_for(kernel, 2, 64, n, bias=True, small_memory=small)
+                    kernels.config_for(kernel, 2, 64, n, bias=True, hopper=hopper)
                     for n in (low, (low + high) // 2, high)
                 }
                 assert len(configs) == 1, (kernel, configs)
@@ -279,5 +279,5 @@ def test_one_compiled_kernel_whatever_the_lengths() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_head_dim_has_a_configuration(head_dim: int, itemsize: int) -> None:
     for kernel in ("fwd", "dq", "dkdv", "dbias"):
-        for small in (False, True):
-            assert kernels.config_for(kernel, itemsize, head_dim, 500, bias=True, small_memory=small)
+        for hopper in (True, False):
+            assert kernels.config_for(kernel, itemsize, head_dim, 500, bias=True, hopper=hopper)

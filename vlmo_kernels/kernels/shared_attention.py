@@ -36,24 +36,23 @@ class Config(NamedTuple):
     stages: int
 
 
-# By kernel and padded head dimension (64 stands for less): 16-bit inputs, at least 163 KiB of shared memory.
-# A larger tile spills in its dearest variant (bias, causal, prefix). dkdv at 256 is the one whose tiles are
-# below the 64 rows of a wgmma: at 64 keys dk and dv alone are 128 registers a thread, and 192 to 292 bytes
-# spill.
-_ROOMY = {
+# By kernel and padded head dimension (64 stands for less), 16-bit inputs on sm_90 and sm_100, whose matrix
+# units read shared memory. A larger tile spills in its dearest variant (bias, causal, prefix). dkdv at 256
+# is the one whose tiles are below the 64 rows of a wgmma: with 64 keys 192 to 292 bytes spill.
+_HOPPER = {
     "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
     "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
     "short": {64: (256, 32, 8, 2), 128: (128, 32, 8, 2)},
     "dbias": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
 }
-# The same on parts with 99 KiB (sm_86, sm_89, sm_120).
-_TIGHT = {
-    "fwd": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 4, 2)},
+# The same on all other parts: operands pass through registers, and shared memory may be 99 KiB.
+_OTHER = {
+    "fwd": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
     "dq": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
-    "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    "dkdv": {64: (32, 128, 8, 1), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     "short": {64: (128, 32, 8, 2)},
-    "dbias": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+    "dbias": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 1)},
 }
 # fp32: operands take twice the room, and without tensor cores (IEEE) a tile's products sit in registers.
 _FP32 = {
@@ -63,27 +62,27 @@ _FP32 = {
     "short": {64: (64, 16, 8, 1)},
     "dbias": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
-_FP32_TIGHT = _FP32 | {"dq": {**_FP32["dq"], 256: (16, 16, 8, 1)}}
+_FP32_OTHER = _FP32 | {"dq": {**_FP32["dq"], 256: (16, 16, 8, 1)}}
 
 
 def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _entry(kernel: str, itemsize: int, head_dim: int, small_memory: bool) -> tuple[int, ...] | None:
-    wide, narrow = (_FP32_TIGHT, _TIGHT) if small_memory else (_FP32, _ROOMY)
+def _entry(kernel: str, itemsize: int, head_dim: int, hopper: bool) -> tuple[int, ...] | None:
+    wide, narrow = (_FP32, _HOPPER) if hopper else (_FP32_OTHER, _OTHER)
     table = wide if itemsize == 4 else narrow
     return table[kernel].get(max(padded_head_dim(head_dim), 64))
 
 
 def config_for(
-    kernel: str, itemsize: int, head_dim: int, max_seqlen: int, *, bias: bool, small_memory: bool
+    kernel: str, itemsize: int, head_dim: int, max_seqlen: int, *, bias: bool, hopper: bool
 ) -> Config | None:
     """The configuration of `"fwd" | "dq" | "dkdv" | "short" | "dbias"`; None where the kernel has none.
 
     `max_seqlen` counts only by bucket: lengths change from batch to batch, configurations are compiled.
     """
-    entry = _entry(kernel, itemsize, head_dim, small_memory)
+    entry = _entry(kernel, itemsize, head_dim, hopper)
     if entry is None:
         return None
     config = Config(*entry)
@@ -95,7 +94,7 @@ def config_for(
         rows = min(config.block_m, 64 if max_seqlen <= 64 else 128 if max_seqlen <= 128 else 256)
         return config._replace(block_m=rows)
     if kernel == "dkdv" and bias and config.block_m == 64 and config.block_n == 128:
-        return Config(32, 128, 8, 2)  # 64 x 128 spills 24 bytes with a bias and a causal mask
+        return Config(32, 128, config.warps, config.stages)  # 64 x 128 spills 24 bytes with a bias and a causal mask
     if max_seqlen <= 64 and max(config.block_m, config.block_n) > 64:  # text: half of 128 rows would idle
         return Config(min(config.block_m, 64), min(config.block_n, 64), min(config.warps, 4), config.stages)
     return config
@@ -229,13 +228,10 @@ def _bias_gradient(q, k, v, do, lse, delta, seqs, bias, causal, prefix, scale) -
 
 
 def _picked_by(q: torch.Tensor, seqs, bias: Optional) -> dict:
-    small_memory = False
-    if q.is_cuda:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        small_memory = (major, minor) in ((8, 6), (8, 9)) or major >= 12
+    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
     return dict(
         itemsize=q.element_size(), head_dim=q.shape[-1], max_seqlen=seqs.max_seqlen,
-        bias=bias is not None, small_memory=small_memory,
+        bias=bias is not None, hopper=hopper,
     )  # fmt: skip
 
 
@@ -302,34 +298,35 @@ _KERNELS = {
     "short": attention_short_bwd_kernel,
     "dbias": attention_dbias_kernel,
 }
-_ROOMY_ARCHS, _TIGHT_ARCHS = (80, 90, 100), (120,)
+_HOPPER_ARCHS, _OTHER_ARCHS = (90, 100), (80, 120)
 
 
 def audit_cases() -> list[AuditCase]:
     """Every kernel and table at the head dimensions in use: plain, and with bias, causal mask and prefix."""
-    cases = [_audit_case("fwd", "bf16", 64, 64, False, False)]
-    cases.append(_audit_case("short", "bf16", 64, 64, True, False))
+    cases = [_audit_case("fwd", "bf16", 64, 64, False, True)]
+    cases.append(_audit_case("short", "bf16", 64, 64, True, True))
     for kernel in _KERNELS:
-        for small in (False, True):
+        for hopper in (True, False):
             for head_dim in (34, 64, 88, 128, 256):
-                cases += [_audit_case(kernel, "bf16", head_dim, 0, False, small)] if kernel != "dbias" else []
-                cases.append(_audit_case(kernel, "bf16", head_dim, 0, True, small))
+                if kernel != "dbias":
+                    cases.append(_audit_case(kernel, "bf16", head_dim, 0, False, hopper))
+                cases.append(_audit_case(kernel, "bf16", head_dim, 0, True, hopper))
         for head_dim in (64, 128, 256):
-            cases += [_audit_case(kernel, "fp32", head_dim, 0, True, small) for small in (False, True)]
-        cases.append(_audit_case(kernel, "fp16", 64, 0, True, False))
+            cases += [_audit_case(kernel, "fp32", head_dim, 0, True, hopper) for hopper in (True, False)]
+        cases.append(_audit_case(kernel, "fp16", 64, 0, True, True))
     return [case for case in cases if case is not None]
 
 
 def _audit_case(
-    kernel: str, dtype: str, head_dim: int, max_seqlen: int, masked: bool, small: bool
+    kernel: str, dtype: str, head_dim: int, max_seqlen: int, masked: bool, hopper: bool
 ) -> AuditCase | None:
     """`masked`: with bias, causal mask and prefix. `max_seqlen` 0: the longest that the kernel takes."""
     itemsize, function = 4 if dtype == "fp32" else 2, _KERNELS[kernel]
-    entry = _entry(kernel, itemsize, head_dim, small)
+    entry = _entry(kernel, itemsize, head_dim, hopper)
     if entry is None:
         return None
     length = max_seqlen or (entry[0] if kernel == "short" else 1024)
-    config = config_for(kernel, itemsize, head_dim, length, bias=masked, small_memory=small)
+    config = config_for(kernel, itemsize, head_dim, length, bias=masked, hopper=hopper)
     constants = dict(
         H=12, GROUP=1, DH=head_dim, DHP=padded_head_dim(head_dim), ALIGN=math.gcd(16, head_dim),
         HAS_BIAS=masked, NATURAL=masked or itemsize == 4, WIDE_BIAS=False,
@@ -351,7 +348,7 @@ def _audit_case(
         constants=constants,
         num_warps=config.warps,
         num_stages=config.stages,
-        archs=_TIGHT_ARCHS if small else _ROOMY_ARCHS,
+        archs=_HOPPER_ARCHS if hopper else _OTHER_ARCHS,
         # S^T and dk, dv have the key tile as rows: wgmma needs 64; dbias and dq have the query tile.
         wgmma=itemsize == 2 and (config.block_n if kernel == "dkdv" else config.block_m) >= 64,
     )
