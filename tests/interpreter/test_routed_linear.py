@@ -140,11 +140,14 @@ def test_routes(route: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("route", ["three experts", "dead rows", "expert twice", "nothing live", "split rows"])
+@pytest.mark.parametrize("route", ["three experts", "expert twice", "split rows"])
 def test_whole_epilogue(route: str, dtype: torch.dtype) -> None:
-    compare(Case(route, 34, 50, dtype, full=True, residual=dtype))
-    case = Case(route, 34, 50, dtype, full=True)  # gradients and errors that no residual hides
-    compare(case)
+    compare(Case(route, 34, 50, dtype, full=True))  # no residual, which would hide the errors of the rest
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residual(dtype: torch.dtype) -> None:
+    compare(Case("dead rows", 34, 50, dtype, full=True, residual=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -157,10 +160,11 @@ def test_residual_and_gamma_in_fp32(dtype: torch.dtype) -> None:
     compare(case)
 
 
-@pytest.mark.parametrize("k, n", [(1, 1), (16, 32), (17, 8), (64, 96), (100, 33)])
-def test_widths(k: int, n: int) -> None:
-    for dtype in DTYPES:
-        compare(Case("three experts", k, n, dtype, full=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k, n", [(16, 64), (17, 8), (65, 33), (1, 40)])
+def test_widths(k: int, n: int, dtype: torch.dtype) -> None:
+    """Whole tiles, a part of one, and one column more than a tile."""
+    compare(Case("dead rows", k, n, dtype, full=True))
 
 
 def test_frozen_experts_get_none() -> None:

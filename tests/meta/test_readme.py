@@ -10,5 +10,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_results_section_is_generated():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", "--check"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "benchmarks" / "report.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

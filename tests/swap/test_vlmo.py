@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-import vlmo
 from torch import nn
 
+import vlmo
 import vlmo_kernels
 from tests.common.numerics import assert_close_as_eager
 from vlmo_kernels.swap import batch_plan

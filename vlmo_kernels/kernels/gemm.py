@@ -52,7 +52,7 @@ def config_for(dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int
     rows: half the tile height, to fill the SMs.
     """
     if capability is None:
-        return Config(32, 32, 16, 4, 2, parts=4 if gated else 2)  # several tiles along every side of a small test
+        return Config(32, 32, 32, 4, 2, parts=4 if gated else 2)  # several tiles along every side of a small test
     if dtype == torch.float32:
         return Config(64, 32 if gated else 64, 32, 4, 3, parts=2)
     roomy = capability[0] in (9, 10)

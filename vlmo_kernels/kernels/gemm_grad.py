@@ -327,7 +327,7 @@ def input_grad(
 def weight_config_for(dtype: torch.dtype, aligned: bool, capability: tuple[int, int] | None) -> Config:
     """Tiles of the weight gradient: BM of N, BN of K, BK rows a step. `aligned`: rows start at 16 bytes."""
     if capability is None:
-        return Config(32, 32, 16, 4, 2)
+        return Config(32, 32, 32, 4, 2)
     if not aligned:  # tiles travel through registers, and 128x128 spills 116 bytes
         return Config(64, 64, 32, 4, 2)
     if dtype == torch.float32:
