@@ -32,8 +32,8 @@ def table(path: Path) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v)
     out = [
         f"**{first['suite']}** on {first['device']}, `{path.relative_to(HERE.parent).as_posix()}`, commit "
-        f"{first['commit'][:10]} ({versions}). Median milliseconds of {first['rounds']} interleaved rounds; in brackets "
-        "how many times faster than `compile` (or than the first contestant where there is none).",
+        f"{first['commit'][:10]} ({versions}). Median milliseconds of {first['rounds']} interleaved rounds; in "
+        "brackets how many times faster than `compile` (or than the first contestant where there is none).",
         "",
         "| case | dtype | pass | " + " | ".join(contestants) + " |",
         "|---|---|---|" + "---|" * len(contestants),

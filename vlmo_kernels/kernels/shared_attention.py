@@ -93,8 +93,11 @@ def config_for(
             return None
         rows = min(config.block_m, 64 if max_seqlen <= 64 else 128 if max_seqlen <= 128 else 256)
         return config._replace(block_m=rows)
-    if kernel == "dkdv" and bias and config.block_m == 64 and config.block_n == 128:
-        return Config(32, 128, config.warps, config.stages)  # 64 x 128 spills 24 bytes with a bias and a causal mask
+    if kernel == "dkdv" and bias:
+        if config.block_m == 64:
+            config = config._replace(block_m=32)  # 64 x 128 spills 24 bytes with a bias and a causal mask
+        elif config[:2] == (32, 128) and padded_head_dim(head_dim) == 128:
+            config = config._replace(block_n=64)  # Triton 3.6 fails to pipeline 32 x 128 with a bias for sm_100
     if max_seqlen <= 64 and max(config.block_m, config.block_n) > 64:  # text: half of 128 rows would idle
         return Config(min(config.block_m, 64), min(config.block_n, 64), min(config.warps, 4), config.stages)
     return config
