@@ -30,7 +30,8 @@ def _gather(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torc
         return pack.gather_rows(x, index)
     if x.shape[0] == 0:
         return x.new_zeros(index.shape[0], x.shape[1])
-    return x.index_select(0, index.clamp(min=0)).masked_fill_((index < 0)[:, None], 0.0)
+    y = x.index_select(0, index.clamp(min=0))
+    return y.index_fill_(0, (index < 0).nonzero().view(-1), 0.0)  # few rows: a masked fill would pass over all
 
 
 def _meta(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .gemm import (
     select,
 )
 
-TILE_ROWS = 128  # rows summed by one program of `column_sums_kernel`
+TILE_ROWS = 64  # rows summed by one program of `column_sums_kernel`
 TILE_COLUMNS = 64
 REDUCE_ROWS = 32  # partial rows read at once: their latencies overlap
 REDUCE_COLUMNS = 32

@@ -91,8 +91,8 @@ def input_grad_kernel(
 ):  # fmt: skip
     """d = row_scale * (DY @ w [+ DY_UP @ w_up]); DY, DY_UP `[T, K]`; w, w_up tuples of `[K, N]`; outputs `[T, N]`.
 
-    ACTIVATION "none": DX = d. Otherwise `d` is the gradient of the hidden values of PRE (and UP): DX = d act'(pre) [up],
-    DX_UP = d act(pre), and SAVE_H stores row_scale * act(pre) [up], the operand of the next weight gradient.
+    ACTIVATION "none": DX = d. Otherwise `d` is the gradient of the hidden values of PRE (and UP):
+    DX = d act'(pre) [up], DX_UP = d act(pre), and SAVE_H stores row_scale * act(pre) [up], the operand of the next weight gradient.
     SAVE_DB stores column sums of DX (DX_UP) for each row tile, `[row tiles, N]` fp32, before they are rounded.
     ZERO_TAIL clears the dead rows of DX.
     """
