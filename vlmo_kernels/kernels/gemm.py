@@ -45,11 +45,11 @@ class Config(NamedTuple):
 def config_for(dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int, int] | None) -> Config:
     """Tiles of the forward GEMM. `rows` is a capacity; `capability` None: interpreter.
 
-    16 bits: 128x128x64 with 8 warps. Where two blocks fit an SM (2 x 96 KB, sm_90 and sm_100) registers are capped
-    at 128, so that one tile's epilogue overlaps another's main loop; the epilogue in halves fits without a spill (a
-    whole tile spills 928 bytes). Gated layers hold two accumulators: one block an SM, the epilogue in quarters, and
-    half the columns before sm_90, where 128 spill 288 bytes, and where shared memory ends at 99 KB (sm_120). Few
-    rows: half the tile height, to fill the SMs.
+    16 bits: 128x128x64 with 8 warps. On sm_90, where two blocks of 96 KB fit an SM, registers are capped at 128, so
+    that one tile's epilogue overlaps another's main loop; the epilogue in halves fits without a spill (a whole tile
+    spills 928 bytes). On sm_100 the cap would spill up to 88 bytes. Gated layers hold two accumulators: one block an
+    SM, the epilogue in quarters, and half the columns before sm_90, where 128 spill 288 bytes, and where shared
+    memory ends at 99 KB (sm_120). Few rows: half the tile height, to fill the SMs.
     """
     if capability is None:
         return Config(32, 32, 32, 4, 2, parts=4 if gated else 2)  # several tiles along every side of a small test
@@ -60,7 +60,7 @@ def config_for(dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int
     parts = 4 if gated else 2
     if rows <= 1024:
         return Config(64, bn, 64, 4, 3, parts)
-    return Config(128, bn, 64, 8, 3, parts, maxnreg=128 if roomy and not gated else None)
+    return Config(128, bn, 64, 8, 3, parts, maxnreg=128 if capability[0] == 9 and not gated else None)
 
 
 # ---------------------------------------------------------------- device functions shared with gemm_grad.py

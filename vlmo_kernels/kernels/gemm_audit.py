@@ -114,7 +114,7 @@ def _input_grad(
             input_grad_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
             maxnreg=c.maxnreg, divisible=divisible, archs=archs,
         )
-        for c, archs in _configs(lambda capability: input_config_for(dtype, rows, gated, capability))
+        for c, archs in _configs(lambda capability: input_config_for(dtype, rows, inner, gated, capability))
     ]  # fmt: skip
 
 

@@ -92,7 +92,8 @@ def input_grad_kernel(
     """d = row_scale * (DY @ w [+ DY_UP @ w_up]); DY, DY_UP `[T, K]`; w, w_up tuples of `[K, N]`; outputs `[T, N]`.
 
     ACTIVATION "none": DX = d. Otherwise `d` is the gradient of the hidden values of PRE (and UP):
-    DX = d act'(pre) [up], DX_UP = d act(pre), and SAVE_H stores row_scale * act(pre) [up], the operand of the next weight gradient.
+    DX = d act'(pre) [up], DX_UP = d act(pre), and SAVE_H stores row_scale * act(pre) [up], the operand of the
+    next weight gradient.
     SAVE_DB stores column sums of DX (DX_UP) for each row tile, `[row tiles, N]` fp32, before they are rounded.
     ZERO_TAIL clears the dead rows of DX.
     """
@@ -250,17 +251,17 @@ class InputGrad(NamedTuple):
 
 
 def input_config_for(
-    dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int, int] | None
+    dtype: torch.dtype, rows: int, activated: bool, gated: bool, capability: tuple[int, int] | None
 ) -> Config:
     """The forward's tiles with one accumulator.
 
-    A gated epilogue keeps six values an element, so it takes quarters and more than 128 registers (at 128 columns
-    at once it spills 1.7 KB); in fp32 it takes quarters as well (halves spill 8 bytes on sm_100).
+    A gated epilogue keeps six values an element, so it takes quarters and more than 128 registers (a whole tile
+    spills 1.7 KB); a plain activation in fp32 takes quarters (halves spill 8 bytes on sm_100).
     """
     c = config_for(dtype, rows, False, capability)
     if gated:
         return c._replace(parts=4, maxnreg=None)
-    return c._replace(parts=4) if dtype == torch.float32 else c
+    return c._replace(parts=4) if activated and dtype == torch.float32 else c
 
 
 def input_grad(
@@ -290,7 +291,7 @@ def input_grad(
     n = weights[0].shape[1]
     dy = row_major(dy)
     dy_up = None if dy_up is None else row_major(dy_up)
-    c = input_config_for(dy.dtype, rows, up is not None, capability(dy.device))
+    c = input_config_for(dy.dtype, rows, pre is not None, up is not None, capability(dy.device))
     experts = [e for _, _, e in route.segments]
     row_tiles = row_tile_bound(rows, len(experts), c.bm)
 

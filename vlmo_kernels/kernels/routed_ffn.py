@@ -43,9 +43,7 @@ def forward(
     hidden, pre, up = _first(x, weights, route, activation, save)
     if _has_norm(weights):
         hidden = inner_norm.forward(hidden, weights.norm_weight, weights.norm_bias, route, eps)
-    y, _, _ = gemm(
-        hidden, weights.w2, weights.b2, route, gamma=weights.gamma, row_scale=row_scale, residual=residual
-    )
+    y, _, _ = gemm(hidden, weights.w2, weights.b2, route, gamma=weights.gamma, row_scale=row_scale, residual=residual)
     return y, pre, up
 
 
@@ -137,9 +135,7 @@ def _first(
     )  # fmt: skip
 
 
-def _recompute(
-    x: torch.Tensor, weights: FFNWeights, route: Route, activation: str
-) -> tuple[torch.Tensor, Optional]:
+def _recompute(x: torch.Tensor, weights: FFNWeights, route: Route, activation: str) -> tuple[torch.Tensor, Optional]:
     pre = gemm(x, weights.w1, weights.b1, route)[0]
     return pre, gemm(x, weights.w_up, weights.b_up, route)[0] if activation in GATED else None
 

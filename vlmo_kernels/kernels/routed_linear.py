@@ -54,9 +54,7 @@ def backward(
     # The sum over rows in dw needs the scale on one of its operands; rounded there, as eager torch rounds it.
     g = dy.to(x.dtype) if row_scale is None else scaled(dy, row_scale, x.dtype)
     dx = input_grad(g, scaled_weights(weights, gammas), route, zero_tail=True).dx if need_dx else None
-    dw, db, dgamma = layer_grads(
-        dy, g, x, weights, biases, gammas, route, row_scale, need_dw, need_db, need_dgamma
-    )
+    dw, db, dgamma = layer_grads(dy, g, x, weights, biases, gammas, route, row_scale, need_dw, need_db, need_dgamma)
     return dx, dw, db, dgamma
 
 
@@ -102,6 +100,4 @@ def scaled_weights(weights: list[torch.Tensor], gammas: list[Optional]) -> list[
 
     The weight has far fewer rows than the batch, so it is scaled rather than the gradient.
     """
-    return [
-        w if gamma is None else scaled(w, gamma, w.dtype) for w, gamma in zip(weights, gammas, strict=True)
-    ]
+    return [w if gamma is None else scaled(w, gamma, w.dtype) for w, gamma in zip(weights, gammas, strict=True)]
