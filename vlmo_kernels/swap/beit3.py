@@ -11,7 +11,7 @@ from vlmo_kernels.ops import routed_ffn, routed_linear, routed_norm, shared_atte
 
 from . import beit3_check
 from .batch_plan import split_layout
-from .instance import Swapped
+from .instance import Swapped, walk
 
 WHAT = "BEiT-3 encoder, encoder depth: packs once, unpacks once"
 _MODALITIES = ("image", "text")  # torchscale's experts A and B, in this order in every sample
@@ -87,7 +87,7 @@ ADAPTER = SwappedBEiT3Encoder
 
 def _set_split_position(encoder: nn.Module, position: int) -> None:
     """What torchscale's encoder leaves behind in its multiway modules; those of the embedding read it."""
-    for _, module in beit3_check.walk(encoder, "encoder"):
+    for _, module in walk(encoder, "encoder"):
         if vars(module).get("split_position", position) != position:
             module.split_position = position
 
