@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from tests.common import eager
 from tests.common.numerics import assert_close_as_eager
@@ -17,6 +20,28 @@ from vlmo_kernels.reference import shared_attention as reference
 LONG = 4096  # a bound on the sample length that rules the short backward out
 
 
+@pytest.fixture(autouse=True)
+def fp32_dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 `tl.dot` adds up in the order of K, whatever the tile, as IEEE dots do on a GPU.
+
+    The interpreter's BLAS sums in an order that depends on the tile's shape, so the backward's scores are
+    not the forward's to the last bit and no longer cancel against its log-sum-exp: at head_dim 20 that
+    makes the RMS error of dv 1.33x eager's (mean of 12 seeds), in order it is 1.01x.
+    """
+    original = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if a.dtype.scalar != tl.float32:
+            return original(self, a, b, d, input_precision, max_num_imprecise_acc)
+        total = d.data
+        for k in range(a.data.shape[-1]):
+            product = a.data[:, k, None].astype(np.float64) * b.data[None, k]
+            total = (total + product).astype(np.float32)
+        return TensorHandle(total, tl.float32)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
 @dataclass(frozen=True)
 class Case:
     """A batch of samples (text tokens, image tokens) and an attention.
@@ -25,7 +50,6 @@ class Case:
         text_room: position of the first image token: text is padded in mid-sample up to it.
         bound: the `max_seqlen` the launcher is told, None for the exact one.
         shuffled: the row table lists a sample's tokens in random order.
-        seed: of the inputs.
     """
 
     samples: tuple[tuple[int, int], ...]
@@ -39,7 +63,6 @@ class Case:
     bound: int | None = None
     shuffled: bool = False
     dtype: torch.dtype = torch.float32
-    seed: int = 0
 
 
 PAIRS = ((5, 11), (0, 0), (3, 0), (0, 11), (1, 0), (7, 11))
@@ -51,9 +74,7 @@ CASES = {
     "head 8": Case(PAIRS, head_dim=8, bias="fp32", text_room=9),
     "head 88": Case(PAIRS, head_dim=88, bound=LONG, dtype=torch.bfloat16),
     "head 256": Case(((3, 20),), heads=1, kv_heads=1, head_dim=256, dtype=torch.bfloat16),
-    # Of seeds 0 to 11, seed 0 alone breaks the rule: largest errors of dq 2.3x and dk 2.01x eager's, in a
-    # row whose log-sum-exp the kernel and the reference round alike; RMS is 1.03x. The median seed has 1.2x.
-    "several tiles": Case(((3, 130), (70, 0)), head_dim=40, seed=1),
+    "several tiles": Case(((3, 130), (70, 0)), head_dim=40),
     "bias": Case(PAIRS, bias="fp32", text_room=9),
     "bias, several tiles": Case(((40, 100), (5, 100)), heads=1, kv_heads=1, bias="fp32", text_room=41),
     "bias, long route": Case(((9, 70), (2, 70)), heads=1, kv_heads=1, bias="fp32", bound=LONG),
@@ -84,7 +105,6 @@ class Problem:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        torch.manual_seed(case.seed)
         room = max((t for t, _ in case.samples), default=0) if case.text_room is None else case.text_room
         length = max(room + max(i for _, i in case.samples), 1)
         ids = torch.full((len(case.samples), length), -1)

@@ -319,7 +319,8 @@ def audit_cases() -> list[AuditCase]:
         for head_dim in (64, 128, 256):
             cases += [_audit_case(kernel, "fp32", head_dim, 0, True, hopper) for hopper in (True, False)]
         cases.append(_audit_case(kernel, "fp16", 64, 0, True, True))
-    return [case._replace(archs=(arch,), **_allowance(case, arch)) for case in cases if case for arch in case.archs]
+    single = [case._replace(archs=(arch,)) for case in cases if case is not None for arch in case.archs]
+    return [case._replace(**_allowance(case)) for case in single]
 
 
 # Bytes of spill stores plus loads, by kernel, type, head dimension, masked, architecture.
@@ -346,12 +347,14 @@ _REASONS = {
 }
 
 
-def _allowance(case: AuditCase, arch: int) -> dict:
+def _allowance(case: AuditCase) -> dict:
+    (arch,) = case.archs
     _, kernel, dtype, head_dim, *rest = case.name.split()
     masked = "bias" in rest
     spill = _SPILLS.get((kernel, dtype, int(head_dim.removeprefix("Dh=")), masked, arch), 0)
-    reason = _REASONS["short" if kernel == "short" and arch == 100 else dtype]
-    return dict(allowed_spill=spill, reason=reason) if spill else {}
+    if not spill:
+        return {}
+    return dict(allowed_spill=spill, reason=_REASONS["short" if (kernel, arch) == ("short", 100) else dtype])
 
 
 def _audit_case(
