@@ -323,22 +323,23 @@ def audit_cases() -> list[AuditCase]:
     return [case._replace(**_allowance(case)) for case in single]
 
 
-# Bytes of spill stores plus loads, by kernel, type, head dimension, masked, architecture.
+# Bytes of spill stores plus loads, by case and architecture.
 _SPILLS = {
-    ("dkdv", "bf16", 34, False, 90): 16,
-    ("short", "bf16", 34, True, 90): 144,
-    ("short", "bf16", 34, False, 100): 300,
-    ("short", "bf16", 34, True, 100): 1124,
-    ("short", "bf16", 64, True, 100): 836,
-    ("short", "fp16", 64, True, 100): 836,
-    ("short", "bf16", 88, True, 100): 48,
-    ("dkdv", "fp32", 128, True, 100): 24,
-    ("dq", "bf16", 34, True, 80): 72,
-    ("dkdv", "bf16", 34, True, 80): 188,
-    ("dbias", "bf16", 34, True, 80): 8,
-    ("dkdv", "bf16", 34, True, 120): 32,
-    ("dq", "fp32", 256, True, 80): 616,
-    ("dq", "fp32", 256, True, 120): 556,
+    ("attention dkdv bf16 Dh=34 64x128", 90): 16,
+    ("attention short bf16 Dh=34 bias causal prefix 256x32", 90): 144,
+    ("attention short bf16 Dh=34 256x32", 100): 300,
+    ("attention short bf16 Dh=34 bias causal prefix 256x32", 100): 1124,
+    ("attention short bf16 Dh=64 bias causal prefix 256x32", 100): 836,
+    ("attention short fp16 Dh=64 bias causal prefix 256x32", 100): 836,
+    ("attention short bf16 Dh=88 bias causal prefix 128x32", 100): 48,
+    ("attention short bf16 Dh=128 64x32", 100): 8,
+    ("attention dkdv fp32 Dh=128 bias causal prefix 16x32", 100): 24,
+    ("attention dq bf16 Dh=34 bias causal prefix 128x32", 80): 72,
+    ("attention dkdv bf16 Dh=34 bias causal prefix 32x128", 80): 188,
+    ("attention dbias bf16 Dh=34 bias causal prefix 64x32", 80): 8,
+    ("attention dkdv bf16 Dh=34 bias causal prefix 32x128", 120): 32,
+    ("attention dq fp32 Dh=256 bias causal prefix 16x16", 80): 616,
+    ("attention dq fp32 Dh=256 bias causal prefix 16x16", 120): 556,
 }
 _REASONS = {
     "short": "sm_100: five products a step leave tensor memory through registers; to be measured on one",
@@ -349,10 +350,9 @@ _REASONS = {
 
 def _allowance(case: AuditCase) -> dict:
     (arch,) = case.archs
-    _, kernel, dtype, head_dim, *rest = case.name.split()
-    masked = "bias" in rest
-    spill = _SPILLS.get((kernel, dtype, int(head_dim.removeprefix("Dh=")), masked, arch), 0)
-    if not spill:
+    _, kernel, dtype, *_ = case.name.split()
+    spill = _SPILLS.get((case.name, arch))
+    if spill is None:
         return {}
     return dict(allowed_spill=spill, reason=_REASONS["short" if (kernel, arch) == ("short", 100) else dtype])
 
