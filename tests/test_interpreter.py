@@ -29,7 +29,7 @@ def test_passes_without_a_skip(name: str, tmp_path: Path) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     suite = ET.parse(report).getroot().find("testsuite")
