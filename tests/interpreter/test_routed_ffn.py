@@ -167,9 +167,13 @@ def compare(case: Case, recompute: bool = False) -> None:
     grads["dx"], exact["dx"] = grads["dx"][: case.live], exact["dx"][: case.live]
     for name, grad in grads.items():
         assert (grad is None) == (exact[name] is None), name
-        if grad is not None:
-            assert grad.is_contiguous()
-            assert_close_as_eager(grad, exact[name], plain[name], f"{name} {case.activation}")
+        assert grad is None or grad.is_contiguous()
+    for field in ("dx", *(f"d{name}" for name in FFNWeights._fields)):
+        # The experts together: one expert's bias alone is few values for a rule of averages.
+        names = [n for n in grads if n.rstrip("012") == field and grads[n] is not None]
+        if names:
+            together = [torch.cat([g[n].flatten() for n in names]) for g in (grads, exact, plain)]
+            assert_close_as_eager(*together, f"{field} {case.activation}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -179,18 +183,17 @@ def test_activations(activation: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "route, activation", [*((route, "gelu") for route in ROUTES), ("expert twice", "swiglu"), ("dead rows", "swiglu")]
+)
 def test_routes_with_layer_scale_and_drop_path(route: str, activation: str, dtype: torch.dtype) -> None:
-    if route == "one token":
-        # Few values for a statistical rule: from seed 0 the fp32 reference's own dgamma fails it.
-        torch.manual_seed(1)
     compare(Case(route, dtype, activation, gamma=True, drop=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["gelu", "geglu_tanh"])
-@pytest.mark.parametrize("route", ["three experts", "dead rows", "nothing live"])
+@pytest.mark.parametrize(
+    "route, activation", [("three experts", "geglu_tanh"), ("dead rows", "gelu"), ("nothing live", "gelu")]
+)
 def test_inner_norm(route: str, activation: str, dtype: torch.dtype) -> None:
     compare(Case(route, dtype, activation, gamma=True, drop=True, norm=True))
 
@@ -226,7 +229,7 @@ def test_widths(d: int, f: int) -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_only_what_is_needed(norm: bool) -> None:
     """Every single gradient alone is the same as among all the others; a frozen expert gets None."""
-    case = Case("three experts", torch.float32, "swiglu", gamma=True, drop=True, norm=norm)
+    case = Case("dead rows", torch.float32, "swiglu", gamma=True, drop=True, norm=norm)
     everything = case.backward(routed_ffn)
     nothing = FFNWeights(*([False] * EXPERTS for _ in FFNWeights._fields))
     for name in FFNWeights._fields:
