@@ -46,6 +46,8 @@ def run(
             wrong |= any(r.name.startswith("ours") and r.skipped not in ("", "inference only") for r in results)
             _print(suite, case, dtype, pass_, results, module.EAGER)
             found += [_row(suite, case, dtype, pass_, device, r) for r in results if r.times_ms]
+            if json is not None:
+                rows.write(json, found)  # after every case, so that a run cut short keeps what it has
     if json is not None:
         rows.write(json, found)
         print(f"wrote {json}")
