@@ -236,11 +236,13 @@ class TextEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.dim, eps=BERT_NORM_EPS)
         self.dropout = nn.Dropout(config.drop_path)
 
-    def forward(self, text_ids: Tensor) -> Tensor:
+    def forward(self, text_ids: Tensor, dropout_scale: Tensor | None = None) -> Tensor:
+        """dropout_scale: factors [B, L, dim] that take the place of this module's dropout."""
         x = self.word_embeddings(text_ids) + self.token_type_embeddings(torch.zeros_like(text_ids))
         if self.absolute_positions:
             x = x + self.position_embeddings(torch.arange(text_ids.shape[1], device=text_ids.device))
-        return self.dropout(self.LayerNorm(x))
+        x = self.LayerNorm(x)
+        return self.dropout(x) if dropout_scale is None else x * dropout_scale
 
 
 class PatchEmbed(nn.Module):
@@ -276,8 +278,15 @@ class MultiwayTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def visual_embed(self, image: Tensor) -> Tensor:
-        """[B, channels, S, S] to image tokens with [CLS] first, [B, w*w + 1, dim]."""
+    def visual_embed(
+        self, image: Tensor, hide: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """[B, channels, S, S] to image tokens with [CLS] first, [B, w*w + 1, dim].
+
+        hide: bool [B, w*w], patches whose embedding `mask_token` [dim] takes the place of (BEiT).
+        """
         patches = self.patch_embed(image)
+        if hide is not None:
+            patches = torch.where(hide[..., None], mask_token.to(patches.dtype), patches)
         x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
