@@ -9,7 +9,7 @@ import random
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice
 
 import torch
@@ -73,6 +73,12 @@ class Report:
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         del self.examples[_EXAMPLES:]
 
+    def take(self) -> Report:
+        """What was counted so far; counting begins anew."""
+        taken = replace(self)
+        self.__init__()
+        return taken
+
     def skip(self, reason: str, record: Record, why: str) -> None:
         """Count `record` under the field `reason`."""
         setattr(self, reason, getattr(self, reason) + 1)
@@ -128,6 +134,37 @@ def image_tensor(image: Image.Image, size: int, crop: random.Random | None = Non
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
     return pixels.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0).contiguous()
+
+
+def read_records(source: Source, shards: Iterable[int], report: Report) -> Iterator[Record]:
+    """The records of some shards; where one is damaged, those before the damage, and a note in `report`."""
+    for shard in shards:
+        try:
+            yield from source.read(shard)
+        except DamagedShard as damage:
+            report.damaged_shards[str(damage)] += 1
+
+
+def decode(
+    record: Record, use: str, image_size: int, report: Report, crop: random.Random | None = None
+) -> tuple[int, Tensor | None, str | None] | None:
+    """(number, image, caption) of a record, or None if it lacks what `use` asks for; counted in `report`."""
+    image = None
+    if use != "images" and not (record.caption or "").strip():
+        report.skip("empty_captions", record, "the caption is empty")
+        return None
+    if use != "texts":
+        try:
+            if record.image is None:
+                raise ValueError("there is no image")
+            picture, converted = load_image(record.image)
+            image = image_tensor(picture, image_size, crop)
+        except CORRUPT as error:
+            report.skip("corrupt_images", record, str(error) or type(error).__name__)
+            return None
+        report.converted_images += converted
+    report.good += 1
+    return record.index, image, record.caption
 
 
 def collate(
@@ -311,8 +348,7 @@ class _Parts(IterableDataset):
     def _news(self, lanes: dict[int, _Lane]) -> tuple[Report, dict[int, tuple[int, int]]]:
         report = Report()
         for lane in lanes.values():
-            report.add(lane.report)
-            lane.report = Report()
+            report.add(lane.report.take())
         report.truncated_captions, self.truncated = self.truncated, 0
         return report, {number: lane.position for number, lane in lanes.items()}
 
@@ -333,11 +369,11 @@ class _Lane:
             for offset, record in enumerate(self._epoch(epoch)):
                 if offset < behind:
                     continue
-                sample = self._decode(record, epoch)
+                crop = random.Random(f"crop {loader.seed} {epoch} {record.index}") if loader.crop else None
+                sample = decode(record, loader.use, loader.image_size, self.report, crop)
                 self.position = (epoch, offset + 1)
                 if sample is not None:
                     good = True
-                    self.report.good += 1
                     yield sample
             if not good and loader.epochs is None:
                 raise RuntimeError(
@@ -353,9 +389,9 @@ class _Lane:
         if loader.shuffle:
             random.Random(f"shards {loader.seed} {epoch}").shuffle(shards)
         if len(shards) >= loader.lanes:
-            records = self._read(shards[self.number :: loader.lanes])
+            records = read_records(loader.source, shards[self.number :: loader.lanes], self.report)
         else:  # every lane reads all and keeps its share
-            records = islice(self._read(shards), self.number, None, loader.lanes)
+            records = islice(read_records(loader.source, shards, self.report), self.number, None, loader.lanes)
         if not loader.shuffle:
             yield from records
             return
@@ -364,28 +400,3 @@ class _Lane:
         while block := list(islice(records, loader.block)):
             rng.shuffle(block)
             yield from block
-
-    def _read(self, shards: Sequence[int]) -> Iterator[Record]:
-        for shard in shards:
-            try:
-                yield from self.loader.source.read(shard)
-            except DamagedShard as damage:
-                self.report.damaged_shards[str(damage)] += 1
-
-    def _decode(self, record: Record, epoch: int) -> tuple[int, Tensor | None, str | None] | None:
-        loader, image = self.loader, None
-        if loader.use != "images" and not (record.caption or "").strip():
-            self.report.skip("empty_captions", record, "the caption is empty")
-            return None
-        if loader.use != "texts":
-            crop = random.Random(f"crop {loader.seed} {epoch} {record.index}") if loader.crop else None
-            try:
-                if record.image is None:
-                    raise ValueError("there is no image")
-                picture, converted = load_image(record.image)
-                image = image_tensor(picture, loader.image_size, crop)
-                self.report.converted_images += converted
-            except CORRUPT as error:
-                self.report.skip("corrupt_images", record, str(error) or type(error).__name__)
-                return None
-        return record.index, image, record.caption
