@@ -79,11 +79,11 @@ class Report:
         self.__init__()
         return taken
 
-    def skip(self, reason: str, record: Record, why: str) -> None:
-        """Count `record` under the field `reason`."""
+    def skip(self, reason: str, name: str, why: str) -> None:
+        """Count a sample under the field `reason`."""
         setattr(self, reason, getattr(self, reason) + 1)
         if len(self.examples) < _EXAMPLES:
-            self.examples.append(f"{record.name}: {why}")
+            self.examples.append(f"{name}: {why}")
 
     def lines(self) -> list[str]:
         """For the user, most important first; one line if all went well."""
@@ -151,7 +151,7 @@ def decode(
     """(number, image, caption) of a record, or None if it lacks what `use` asks for; counted in `report`."""
     image = None
     if use != "images" and not (record.caption or "").strip():
-        report.skip("empty_captions", record, "the caption is empty")
+        report.skip("empty_captions", record.name, "the caption is empty")
         return None
     if use != "texts":
         try:
@@ -160,7 +160,7 @@ def decode(
             picture, converted = load_image(record.image)
             image = image_tensor(picture, image_size, crop)
         except CORRUPT as error:
-            report.skip("corrupt_images", record, str(error) or type(error).__name__)
+            report.skip("corrupt_images", record.name, str(error) or type(error).__name__)
             return None
         report.converted_images += converted
     report.good += 1
