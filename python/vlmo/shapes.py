@@ -146,6 +146,8 @@ class Pictures(Sequence[Picture]):
             raise ValueError(f"shapes.dataset: n must be at least 1, got {n}.")
         if image_size < 16:
             raise ValueError(f"shapes.dataset: image_size must be at least 16, got {image_size}.")
+        if split not in SPLITS:
+            raise ValueError(f"shapes.dataset: split must be one of {SPLITS}, got {split!r}.")
         self.seed, self.image_size, self.split = seed, image_size, split
         if split == "heldout":
             self.indices: Sequence[int] = _first_distinct(n, seed)
