@@ -14,7 +14,7 @@ from . import shapes
 from .config import CONFIGS, VLMoConfig
 from .data import Loader
 from .distributed import rank, world_size
-from .objectives import STAGES
+from .objectives import STAGES, WEIGHTS
 from .snapshots import load_config
 from .sources import open_source
 from .tokenizer import Tokenizer
@@ -96,7 +96,8 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
     with tqdm(total=recipe.steps, desc=options.stage, unit="step", disable=rank() != 0) as bar:
 
         def show(line: dict[str, float]) -> None:
-            bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("loss", "mim", "mlm", "itc", "itm")}, False)
+            losses = {name: f"{line[name]:.3f}" for name in ("loss", *WEIGHTS) if name in line}
+            bar.set_postfix(losses, refresh=False)
             bar.update(line["step"] - bar.n)
 
         last = trainer.fit(data, options.out, options.resume, show)
