@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-all | lint | bench | clean
+# make demo | test | test-slow | test-all | lint | bench | compiled | wheel | clean
 #
 # TORCH=...         the torch to install into .venv (default: the CPU set of constraints.txt)
 # TORCH_INDEX=...   an extra package index to find it on, for instance PyTorch's index of CPU wheels
@@ -25,13 +25,15 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Another torch means another stamp, so `make test TORCH=...` is never served by the old one.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
 
-.PHONY: help venv demo test test-slow test-all lint bench audit gpu gpu-correctness gpu-bench clean
+.PHONY: help venv compiled wheel demo test test-slow test-all lint bench audit gpu gpu-correctness gpu-bench clean
 
 help:
 	@echo "make demo      swap the kernels into VLMo-Base: check, time, table and chart in out/demo/"
 	@echo "make test      lint and the fast tests"
 	@echo "make test-all  make test, then the slow tests and the wheel check (make test-slow)"
 	@echo "make lint      ruff alone"
+	@echo "make compiled  build the compiled parts (csrc/README.md); make venv does it too where g++ is found"
+	@echo "make wheel     a wheel with the compiled parts, in dist/"
 	@echo "make bench     block, ffn and attention benchmarks into out/bench/"
 	@echo "make audit     what the compiler makes of every Triton kernel; needs no GPU"
 	@echo "make gpu       on a GPU machine: correctness, then benchmarks into benchmarks/results/"
@@ -54,7 +56,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "[2/3] $(TORCH) (the largest download; about a minute when it is at hand)"
 	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
 	@$(if $(filter $(TORCH_DEFAULT),$(TORCH)),grep '^torch==' constraints.txt >> $(VENV)/constraints.txt)
-	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel '$(TORCH)' || { \
+	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel ninja '$(TORCH)' || { \
 	  echo "make: '$(TORCH)' could not be installed. Hint: make TORCH=... TORCH_INDEX=... names another one." >&2; exit 1; }
 	@sed -i.bak '/^torch==/d' $(VENV)/constraints.txt
 	@$(PY) -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' >> $(VENV)/constraints.txt
@@ -64,7 +66,18 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,vlmo,test]'
 	@# What the tests compare with. Without --no-deps these replace torch (fairscale, torchscale) or pin it (xformers).
 	@$(PIP) install $(INDEX) --no-build-isolation --no-deps torchscale==0.3.0 fairscale==0.4.0 xformers==0.0.35
+	@# Built by the installation above where a compiler is found; this says so, or what is missing.
+	@$(VENV)/bin/vlmo-kernels info | grep -E '^ *(compiled|host planner)' || true
 	@touch $@
+
+# Incremental, so that it may be asked for at any time. Fails with the reason where something is missing.
+compiled: $(STAMP)
+	$(PY) -W ignore setup.py -q build_ext --inplace
+
+# What an installation without a compiler needs: the wheel with every compiled part that can be built here.
+wheel: $(STAMP)
+	VLMO_KERNELS_COMPILED=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@ls -1 dist/*.whl
 
 ifeq ($(DEVICE),cpu)
 RUN := $(VENV)/bin/vlmo-kernels
@@ -125,4 +138,5 @@ gpu-bench:
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -f vlmo_kernels/lib/*.so
 	find vlmo_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -12,7 +12,7 @@ trap 'rm -rf "$tmp"' EXIT
 echo "check_wheel: build"
 mkdir "$tmp/src"
 # A copy, so that a stale build/ cannot leak into the wheel.
-tar -c --exclude=__pycache__ pyproject.toml setup.py LICENSE README.md vlmo_kernels python csrc | tar -x -C "$tmp/src"
+tar -c --exclude=__pycache__ --exclude='*.so' pyproject.toml setup.py LICENSE README.md vlmo_kernels python csrc | tar -x -C "$tmp/src"
 CC=/bin/false CXX=/bin/false "$python" -m pip wheel -qq --disable-pip-version-check \
   --no-build-isolation --no-deps --wheel-dir "$tmp/dist" "$tmp/src"
 wheel=$(echo "$tmp"/dist/*.whl)

@@ -150,13 +150,14 @@ class ModalityLayout:
                     f"ModalityLayout.from_modality_ids: `mask` must match `ids` {list(ids.shape)} on {ids.device}, "
                     f"got {list(mask.shape)} on {mask.device}"
                 )
-            ids = torch.where(mask.bool(), ids, -1)
-        if checks_on_device(ids) and ids.numel() and int(ids.max()) >= len(modalities):
-            raise ValueError(
-                f"ModalityLayout.from_modality_ids: ids must be below {len(modalities)} (modalities "
-                f"{modalities}), got {int(ids.max())}"
-            )
-        return cls._from_tables(plan(ids, len(modalities)), ids.shape, modalities)
+        if checks_on_device(ids) and ids.numel():
+            largest = int((ids if mask is None else torch.where(mask.bool(), ids, -1)).max())
+            if largest >= len(modalities):
+                raise ValueError(
+                    f"ModalityLayout.from_modality_ids: ids must be below {len(modalities)} (modalities "
+                    f"{modalities}), got {largest}"
+                )
+        return cls._from_tables(plan(ids, mask, len(modalities)), ids.shape, modalities)
 
     @classmethod
     def from_split(
@@ -220,7 +221,7 @@ class ModalityLayout:
         """Exact capacity: dead rows are cut off, since the host knows how many there are."""
         if ids.numel() and int(ids.max()) >= len(names):
             raise ValueError(f"ModalityLayout: ids must be below {len(names)}, got {int(ids.max())}")
-        return cls._from_tables(plan(ids, len(names)), ids.shape, names).exact().to(device)
+        return cls._from_tables(plan(ids, None, len(names)), ids.shape, names).exact().to(device)
 
     @classmethod
     def _from_tables(cls, tables, shape, names: tuple[str, ...]) -> ModalityLayout:

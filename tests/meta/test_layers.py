@@ -163,7 +163,7 @@ MASKS = (
     "bool causal, float scale"
 )
 SCHEMAS = {
-    "plan": "(Tensor ids, int modalities) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "plan": "(Tensor ids, Tensor? mask, int modalities) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "gather_rows": "(Tensor x, Tensor index, Tensor inverse) -> Tensor",
     "routed_linear": (
         f"(Tensor x, Tensor[] weights, int[] at, Tensor? residual, Tensor? row_scale, {ROUTE}, str impl) -> Tensor"
