@@ -29,14 +29,12 @@ def plan_columns(
         starts: position of a modality's first run.
     """
     each = len(names)
-    if bool in {kind for c in columns.values() for kind in (set(map(type, c)) if isinstance(c, list) else [type(c)])}:
-        return None
     try:
         lengths = array("q", bytes(8 * each * batch))
         for m, name in enumerate(names):
             column = columns[name]
-            lengths[m::each] = array("q", column) if isinstance(column, list) else array("q", [column]) * batch
-    except (TypeError, ValueError, OverflowError):
+            lengths[m::each] = _int64s(column) if isinstance(column, list) else _int64s([column]) * batch
+    except (TypeError, OverflowError):
         return None
     return _plan(array("q", range(each)) * batch, lengths, array("q", [each]) * batch, names, starts)
 
@@ -48,25 +46,30 @@ def plan_runs(
     index = {name: m for m, name in enumerate(names)}
     try:
         flat = [(index[m], n) for sample in runs for m, n in sample]
-        modality, length = ([], []) if not flat else zip(*flat)
-        if bool in set(map(type, length)):
-            return None
+        modality, length = zip(*flat) if flat else ((), ())
         of_sample = array("q", [len(sample) for sample in runs])
-        return _plan(array("q", modality), array("q", length), of_sample, names, starts)
+        return _plan(array("q", modality), _int64s(length), of_sample, names, starts)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _int64s(values: Sequence[int]) -> array:
+    if bool in set(map(type, values)):  # the one integer that is no length
+        raise TypeError
+    return array("q", values)
 
 
 def _plan(
     modality: array, length: array, runs_of_sample: array, names: tuple[str, ...], starts: Mapping[str, int] | None
 ) -> HostTables | None:
     planner = compiled.host_planner()
-    if planner is None or torch.compiler.is_compiling() or set(starts or ()) - set(names):
+    starts = starts or {}
+    if planner is None or torch.compiler.is_compiling() or not set(starts) <= set(names):
         return None
-    if min((starts or {}).values(), default=0) < 0:
+    if any(start < 0 for start in starts.values()):  # -1 stands for no start below
         return None
     try:
-        first = array("q", [(starts or {}).get(name, -1) for name in names])
+        first = array("q", [starts.get(name, -1) for name in names])
         padded_length, *tables = planner.plan(modality, length, runs_of_sample, first)
     except (TypeError, ValueError, OverflowError):
         return None
