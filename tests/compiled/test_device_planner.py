@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import vlmo_kernels as vk
 from tests.common.cases import CASES
+from tests.compiled.twin import TABLES
 from vlmo_kernels import plan as planning
 from vlmo_kernels.runtime import compiled
 
@@ -27,7 +28,7 @@ NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/c
 def assert_is_plan_in_torch(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> None:
     ours = torch.ops.vlmo_kernels_cpu.plan(ids, mask, modalities)
     expected = planning.plan_in_torch(ids, mask, modalities)
-    for name, a, b in zip(("cu_seqlens", "rows", "positions", "sample_of_row", "offsets", "row_of_token"), ours, expected):
+    for name, a, b in zip(TABLES, ours, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b), name
 
 
@@ -89,7 +90,7 @@ def test_layouts_use_it(monkeypatch) -> None:
         ours = vk.ModalityLayout.from_modality_ids(ids, mask.double(), modalities=names)
     monkeypatch.setattr(compiled, "cpu_ops", lambda: None)
     expected = vk.ModalityLayout.from_modality_ids(ids, mask.double(), modalities=names)
-    for name in ("cu_seqlens", "rows", "positions", "sample_of_row", "group_offsets", "row_of_token"):
+    for name in TABLES:
         assert torch.equal(getattr(ours, name), getattr(expected, name)), name
 
 
