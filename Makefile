@@ -40,7 +40,7 @@ help:
 	@echo "make clean     remove .venv, out/ and build products"
 	@echo "DEVICE=cuda make demo    on the GPU, with the torch of the current Python"
 
-venv: $(STAMP)
+venv: $(STAMP) $(COMPILED)
 
 # torch goes first and is then held at exactly what was installed: no later step can replace it.
 # The Triton of constraints.txt is for a torch that brings none (a CPU build).
@@ -63,16 +63,21 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PY) -c 'import importlib.metadata as m; print("triton==" + m.version("triton"))' 2>/dev/null \
 	  >> $(VENV)/constraints.txt || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
 	@echo "[3/3] tools for demo and tests, vlmo_kernels itself, and what the tests compare with"
-	@$(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,vlmo,test]'
+	@VLMO_KERNELS_COMPILED=0 $(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,vlmo,test]'
 	@# What the tests compare with. Without --no-deps these replace torch (fairscale, torchscale) or pin it (xformers).
 	@$(PIP) install $(INDEX) --no-build-isolation --no-deps torchscale==0.3.0 fairscale==0.4.0 xformers==0.0.35
-	@# Built by the installation above where a compiler is found; this says so, or what is missing.
-	@$(VENV)/bin/vlmo-kernels info | grep -E '^ *(compiled|host planner)' || true
 	@touch $@
 
-# Incremental, so that it may be asked for at any time. Fails with the reason where something is missing.
+# The compiled parts; fails with the reason where something is missing. ninja builds what has changed, nothing else.
+BUILD := $(PY) -W ignore setup.py -q build_ext --inplace
 compiled: $(STAMP)
-	$(PY) -W ignore setup.py -q build_ext --inplace
+	$(BUILD)
+
+# The same for the other targets, which go on without them.
+COMPILED := $(VENV)/.stamp-compiled
+$(COMPILED): $(STAMP) setup.py $(wildcard csrc/*/* csrc/include/*/*)
+	@$(BUILD) || echo "make: going on without the compiled parts, on slower paths; 'make compiled' tries again" >&2
+	@touch $@
 
 # What an installation without a compiler needs: the wheel with every compiled part that can be built here.
 wheel: $(STAMP)
@@ -81,7 +86,7 @@ wheel: $(STAMP)
 
 ifeq ($(DEVICE),cpu)
 RUN := $(VENV)/bin/vlmo-kernels
-READY := $(STAMP)
+READY := $(STAMP) $(COMPILED)
 else
 RUN := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON) -m vlmo_kernels.cli
 READY := device-python
@@ -99,10 +104,10 @@ demo: $(READY)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
-test: lint
+test: lint $(COMPILED)
 	$(PY) -m pytest -q -m "not slow and not gpu" --durations=5
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(COMPILED)
 	$(PY) -m pytest -q -m "slow and not gpu" --durations=5 || { rc=$$?; \
 	  [ $$rc -eq 5 ] && echo "test-slow: no test is marked slow"; }
 	PYTHON=$(PY) tests/check_wheel.sh
