@@ -142,8 +142,8 @@ def _read_file(path: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)|global: ?`?([\w.]+)|Unsupported (?:class|global)[^\w]+([\w.]+)", str(error))
-        name = next((group for group in refused.groups() if group), None) if refused else None
+        refused = re.search(r"(?:GLOBAL|global:|class|function) `?([\w]+\.[\w.]+)", str(error))
+        name = refused and refused[1]
         what = f"it wants {name}" if name else str(error).splitlines()[0]
         raise ValueError(
             f"load_checkpoint: a torch file must hold tensors and plain containers only, {path!r} does not: {what}. "

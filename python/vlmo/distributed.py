@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def world_size() -> int:
@@ -25,9 +24,22 @@ def gather(t: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t: Tensor) -> Tensor:
+        ctx.own = slice(rank() * len(t), (rank() + 1) * len(t))
+        return gather(t)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)  # another user of it must not see the sum
+        dist.all_reduce(grad)
+        return grad[ctx.own]
+
+
 def gather_with_grad(t: Tensor) -> Tensor:
     """Like `gather`; the gradients of all processes' losses come back, summed."""
-    return t if world_size() == 1 else torch.cat(all_gather(t.contiguous()))
+    return t if world_size() == 1 else _GatherWithGrad.apply(t)
 
 
 def global_mean(total: Tensor, count: Tensor | int) -> Tensor:

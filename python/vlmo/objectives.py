@@ -109,6 +109,11 @@ class Pretraining(nn.Module):
             raise ValueError(
                 f"Pretraining: config.heads must have {needed} in the {stage} stage, {missing} are missing."
             )
+        if stage == "vision-language" and model.config.vlffn_start == model.config.depth:
+            raise ValueError(
+                "Pretraining: the vision-language stage needs vision-language experts, config.vlffn_start is the depth "
+                f"{model.config.depth}. Hint: stage_config(CONFIGS[...], 'vision-language')."
+            )
         self.model, self.stage, self.recompute, self.impl = model, stage, recompute, impl
         self.pixels = PixelHead(model.config) if stage == "vision" else None
 
@@ -175,10 +180,10 @@ class Pretraining(nn.Module):
 
     def _mlm(self, x: Tensor, rows: Tensor, masked: MaskedText) -> dict[str, Tensor]:
         logits = self.model.mlm_score(self._at(x, rows)).float()
-        loss = global_mean(F.cross_entropy(logits, masked.label, reduction="sum"), masked.label.numel())
-        with torch.no_grad():
-            right = (logits.argmax(1) == masked.label).float().sum() / max(1, masked.label.numel())
-        return {"mlm": loss, "mlm_accuracy": right}
+        total = F.cross_entropy(logits, masked.label, reduction="sum")
+        right = (logits.argmax(1) == masked.label).float().sum()
+        loss, accuracy = global_mean(torch.stack([total, right]), masked.label.numel()).unbind()
+        return {"mlm": loss, "mlm_accuracy": accuracy.detach()}
 
     def _matching(
         self, inputs: Inputs, text: Tensor, image: Tensor, cls_pair: Tensor, to_text: Tensor, to_image: Tensor
@@ -187,6 +192,8 @@ class Pretraining(nn.Module):
         model, batch = self.model, inputs.batch
         index, size = batch.index, len(batch)
         everyone = gather(index)
+        if len(everyone) < 2:
+            raise ValueError("Pretraining: a batch must have 2 samples or more, or nothing can be a negative; got 1.")
         image_key, text_key = (counter.key(inputs.seed, inputs.step, f"negative {m}") for m in ("image", "text"))
         other_image = sample_negatives(to_image, index, everyone, image_key)
         other_text = sample_negatives(to_text, index, everyone, text_key)
