@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from .data import Loader, Report
 from .distributed import rank, world_size
@@ -50,7 +51,7 @@ class ModelOptions:
             impl=self.impl,
         )  # fmt: skip
         for note in loaded.notes:
-            _say(f"[dim]{note}")
+            _say(note, "dim")
         return loaded
 
 
@@ -99,14 +100,14 @@ def run_retrieve(
         asked = Gallery(gallery.pixels, ids, mask, torch.empty(0), gallery.names, list(queries))
         texts = torch.arange(len(queries)).repeat_interleave(found.shape[1])
         scores = match_scores(model, asked, found.flatten(), texts).view(found.shape).sigmoid()
-        scores, order = scores.sort(1, descending=True, stable=True)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
         found, kind = found.gather(1, order), "match"
     rows = []
     for query, best, values in zip(queries, found[:, :k].tolist(), scores[:, :k].tolist()):
         rows.append([(gallery.pixels[i], gallery.names[i], value) for i, value in zip(best, values)])
-        table = Table("rank", "image", kind, title=query)
+        table = Table("rank", "image", kind, title=Text(query))
         for place, (_, name, value) in enumerate(rows[-1], 1):
-            table.add_row(str(place), name, f"{value:.3f}")
+            table.add_row(str(place), Text(name), f"{value:.3f}")
         console.print(table)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture_sheet(queries, rows).save(out)
@@ -178,7 +179,7 @@ def run_evaluate(
             rows = [{name: key, "answer" if task == "vqa" else "label": answer} for key, answer in chosen]
             predictions.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(predictions, json.dumps(rows, indent=1) + "\n")
-    table = Table("figure", "value", title=f"{task}: {data}")
+    table = Table("figure", "value", title=Text(f"{task}: {data}"))
     for name, value in figures.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
@@ -239,9 +240,10 @@ def _show(report: Report) -> None:
     first, *rest = report.lines()
     _say(first)
     for line in rest:
-        _say(f"[yellow]{line}")
+        _say(line, "yellow")
 
 
-def _say(line: str) -> None:
+def _say(line: str, style: str = "") -> None:
     if rank() == 0:
-        console.print(line)
+        # Names of files are no markup, and are not broken over lines.
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
