@@ -105,7 +105,8 @@ def run_retrieve(
     rows = []
     for query, best, values in zip(queries, found[:, :k].tolist(), scores[:, :k].tolist()):
         rows.append([(gallery.pixels[i], gallery.names[i], value) for i, value in zip(best, values)])
-        table = Table("rank", "image", kind, title=Text(query))
+        _say(query, "bold")
+        table = Table("rank", "image", kind)
         for place, (_, name, value) in enumerate(rows[-1], 1):
             table.add_row(str(place), Text(name), f"{value:.3f}")
         console.print(table)
