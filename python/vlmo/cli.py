@@ -1,4 +1,4 @@
-"""`vlmo`: pretrain. What the commands do lives in other modules."""
+"""`vlmo`: pretrain here, finetune, evaluate, embed and retrieve in `cli_tasks`. What they do lives in other modules."""
 
 from __future__ import annotations
 
@@ -107,6 +107,10 @@ if typer is not None:
             ),
             recipe,
         )  # fmt: skip
+
+    from .cli_tasks import add_commands
+
+    add_commands(app)
 
 
 if __name__ == "__main__":

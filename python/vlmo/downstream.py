@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,6 +17,7 @@ from .model import INIT_STD, VLMo
 from .objectives import contrastive_loss
 from .tasks import Example, Examples
 from .tokenizer import Tokenizer
+from .train import decays
 
 TASKS = ("retrieval", "vqa", "nlvr2")
 # New classifiers learn this much faster than the pre-trained rest, as in ViLT's fine-tuning (Kim et al. 2021).
@@ -180,7 +181,7 @@ class ExampleBatches:
 
 def finetune(
     tuning: FineTuning,
-    batches: Iterator[TaskBatch | Batch],
+    batches: Iterable[TaskBatch | Batch],
     *,
     steps: int,
     lr: float = 3e-5,
@@ -204,7 +205,7 @@ def finetune(
     named = [(name, p) for name, p in tuning.named_parameters() if p.requires_grad]
     groups = [
         {
-            "params": [p for name, p in named if ("_classifier." in name, p.ndim > 1) == (head, matrix)],
+            "params": [p for name, p in named if ("_classifier." in name, decays(name, p)) == (head, matrix)],
             "weight_decay": weight_decay if matrix else 0.0,
             "peak": lr * (HEAD_LR if head else 1.0),
         }

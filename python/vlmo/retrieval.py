@@ -120,6 +120,7 @@ def embed_images(model: VLMo, pixels: Tensor, batch_size: int = 64) -> Tensor:
     parts = [
         model.infer_image_ft(to_float(chunk.to(_device(model)))).itc_feats.float().cpu()
         for chunk in pixels.split(batch_size)
+        if len(chunk)
     ]
     return torch.cat([torch.empty(0, model.config.dim), *parts])
 
@@ -131,6 +132,7 @@ def embed_texts(model: VLMo, text_ids: Tensor, text_mask: Tensor, batch_size: in
     parts = [
         model.infer_text_ft(ids.to(device), mask.to(device)).itc_feats.float().cpu()
         for ids, mask in zip(text_ids.split(batch_size), text_mask.split(batch_size))
+        if len(ids)
     ]
     return torch.cat([torch.empty(0, model.config.dim), *parts])
 
@@ -199,6 +201,8 @@ def match_scores(model: VLMo, gallery: Gallery, images: Tensor, texts: Tensor, b
         )
     device, scores = _device(model), []
     for i, t in zip(images.split(batch_size), texts.split(batch_size)):
+        if len(i) == 0:
+            continue
         out = model.infer(
             to_float(gallery.pixels[i].to(device)), gallery.text_ids[t].to(device), gallery.text_mask[t].to(device)
         )
@@ -231,7 +235,7 @@ def rerank(
 
 def _reordered(model: VLMo, gallery: Gallery, found: Tensor, images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
     scores = match_scores(model, gallery, images, texts, batch_size).view(found.shape)
-    return found.gather(1, scores.argsort(1, descending=True, stable=True))
+    return found.gather(1, scores.argsort(dim=1, descending=True, stable=True))
 
 
 def _device(model: VLMo) -> torch.device:

@@ -162,6 +162,7 @@ class FolderSource(_ListSource):
             for text in texts or [None]:
                 records.append(Record(len(records), picture, name, folder / name, text))
         super().__init__(f"'{captions or folder}'", records)
+        self.has_captions = captions is not None
 
 
 def _read_captions(path: Path) -> list[tuple[str, list[str]]]:
