@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "[2/3] $(TORCH) (the largest download; about a minute when it is at hand)"
 	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
 	@$(if $(filter $(TORCH_DEFAULT),$(TORCH)),grep '^torch==' constraints.txt >> $(VENV)/constraints.txt)
-	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel ninja '$(TORCH)' || { \
+	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel '$(TORCH)' || { \
 	  echo "make: '$(TORCH)' could not be installed. Hint: make TORCH=... TORCH_INDEX=... names another one." >&2; exit 1; }
 	@sed -i.bak '/^torch==/d' $(VENV)/constraints.txt
 	@$(PY) -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' >> $(VENV)/constraints.txt
@@ -125,7 +125,8 @@ bench: $(READY)
 audit: $(STAMP)
 	$(VENV)/bin/vlmo-kernels audit
 
-# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing.
+# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing. With ninja and
+# nvcc there too the device planner is built and tested.
 # Stages, so that each can be run alone: make gpu-correctness, make gpu-bench.
 GPU := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON)
 GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
@@ -133,6 +134,7 @@ GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_devic
 gpu: gpu-correctness gpu-bench
 
 gpu-correctness:
+	-$(DEVICE_PYTHON) -W ignore setup.py -q build_ext --inplace
 	$(GPU) -m pytest -q -m gpu tests/gpu --durations=5
 
 gpu-bench:
