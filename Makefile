@@ -63,7 +63,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PY) -c 'import importlib.metadata as m; print("triton==" + m.version("triton"))' 2>/dev/null \
 	  >> $(VENV)/constraints.txt || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
 	@echo "[3/3] tools for demo and tests, vlmo_kernels itself, and what the tests compare with"
-	@VLMO_KERNELS_COMPILED=0 $(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,demo,test]'
+	@VLMO_KERNELS_COMPILED=0 $(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,vlmo,test]'
 	@# What the tests compare with. Without --no-deps these replace torch (fairscale, torchscale) or pin it (xformers).
 	@$(PIP) install $(INDEX) --no-build-isolation --no-deps torchscale==0.3.0 fairscale==0.4.0 xformers==0.0.35
 	@touch $@

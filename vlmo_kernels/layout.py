@@ -227,16 +227,7 @@ class ModalityLayout:
         """Exact capacity: dead rows are cut off, since the host knows how many there are."""
         if ids.numel() and int(ids.max()) >= len(names):
             raise ValueError(f"ModalityLayout: ids must be below {len(names)}, got {int(ids.max())}")
-        full = cls._from_tables(plan(ids, None, len(names)), ids.shape, names)
-        live = int(full.group_offsets[-1])
-        exact = replace(
-            full,
-            rows=full.rows[:live].clone(),
-            positions=full.positions[:live].clone(),
-            sample_of_row=full.sample_of_row[:live].clone(),
-            host_offsets=full.group_offsets,
-        )
-        return exact.to(device)
+        return cls._from_tables(plan(ids, None, len(names)), ids.shape, names).exact().to(device)
 
     @classmethod
     def _from_host_tables(cls, found, batch: int, names: tuple[str, ...], device) -> ModalityLayout:
@@ -421,6 +412,20 @@ class ModalityLayout:
         return Sequences(self.cu_seqlens, self.rows, self.positions, self.max_seqlen)
 
     # ------------------------------------------------------------------ life of a plan
+
+    def exact(self) -> ModalityLayout:
+        """The same plan without dead rows and with its lengths known on the host; waits for the device."""
+        if self.host_offsets is not None:
+            return self
+        known = self.group_offsets.cpu()
+        live = int(known[-1])
+        return replace(
+            self,
+            rows=self.rows[:live].clone(),
+            positions=self.positions[:live].clone(),
+            sample_of_row=self.sample_of_row[:live].clone(),
+            host_offsets=known,
+        )
 
     def to(self, device: torch.device | str) -> ModalityLayout:
         """The same plan with its tables on `device`; what the host knows stays on the host."""

@@ -13,6 +13,7 @@ import torch
 FOLDER = Path(__file__).resolve().parents[1] / "lib"
 SOURCES = FOLDER.parents[1] / "csrc"
 MEND = "python setup.py build_ext --inplace"
+INSTRUCTIONS = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 
 
 def cpu_ops():
@@ -33,6 +34,11 @@ def host_planner() -> ModuleType | None:
 def why_not(part: str) -> str | None:
     """Why a part ("vlmo_kernels_cpu", "vlmo_kernels_cuda", "host_planner") is not there; None if it is."""
     return (_host_planner() if part == "host_planner" else _ops(part))[1]
+
+
+def instructions() -> str | None:
+    """The instruction set the compiled CPU kernels use now, or None where they are not there."""
+    return INSTRUCTIONS[cpu_ops().isa()] if cpu_ops() else None
 
 
 @cache
@@ -71,10 +77,9 @@ def _switched_off_or_missing(exists: bool) -> str | None:
 
 def report() -> list[tuple[str, str]]:
     """(part, what it is or why it is not there) lines of `vlmo-kernels info`."""
-    instructions = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
     cpu, planner, cuda = cpu_ops(), host_planner(), cuda_ops()
     return [
-        ("compiled CPU ops", f"loaded, {instructions[cpu.isa()]}" if cpu else why_not("vlmo_kernels_cpu")),
+        ("compiled CPU ops", f"loaded, {instructions()}" if cpu else why_not("vlmo_kernels_cpu")),
         ("host planner", "loaded" if planner else why_not("host_planner")),
         ("compiled CUDA ops", "loaded" if cuda else why_not("vlmo_kernels_cuda")),
         *_stale(),

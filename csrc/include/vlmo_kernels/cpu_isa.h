@@ -44,17 +44,15 @@ inline Isa detect_isa() {
 #endif
 }
 
-// What the kernels use: what is there, or less where VLMO_KERNELS_ISA names less. Read once.
+// What the kernels use: what is there, or less where VLMO_KERNELS_ISA names less. Read at every call, so that one
+// process can compare them.
 inline Isa isa() {
-  static const Isa chosen = [] {
-    const Isa there = detect_isa();
-    const char* wanted = std::getenv("VLMO_KERNELS_ISA");
-    for (int i = 0; wanted && i < static_cast<int>(there); ++i) {
-      if (std::strcmp(wanted, name(static_cast<Isa>(i))) == 0) return static_cast<Isa>(i);
-    }
-    return there;
-  }();
-  return chosen;
+  static const Isa there = detect_isa();
+  const char* wanted = std::getenv("VLMO_KERNELS_ISA");
+  for (int i = 0; wanted && i < static_cast<int>(there); ++i) {
+    if (std::strcmp(wanted, name(static_cast<Isa>(i))) == 0) return static_cast<Isa>(i);
+  }
+  return there;
 }
 
 }  // namespace vlmo_kernels
