@@ -24,6 +24,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check -qq
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Another torch means another stamp, so `make test TORCH=...` is never served by the old one.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
+COMPILED := $(VENV)/.stamp-compiled
 
 .PHONY: help venv compiled wheel demo test test-slow test-all lint bench audit gpu gpu-correctness gpu-bench clean
 
@@ -74,7 +75,6 @@ compiled: $(STAMP)
 	$(BUILD)
 
 # The same for the other targets, which go on without them.
-COMPILED := $(VENV)/.stamp-compiled
 $(COMPILED): $(STAMP) setup.py $(wildcard csrc/*/* csrc/include/*/*)
 	@$(BUILD) || echo "make: going on without the compiled parts, on slower paths; 'make compiled' tries again" >&2
 	@touch $@
