@@ -81,6 +81,7 @@ $(COMPILED): $(STAMP) setup.py $(wildcard csrc/*/* csrc/include/*/*)
 
 # What an installation without a compiler needs: the wheel with every compiled part that can be built here.
 wheel: $(STAMP)
+	@rm -rf build/lib*  # what setuptools left there of earlier builds would go into the wheel
 	VLMO_KERNELS_COMPILED=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls -1 dist/*.whl
 
