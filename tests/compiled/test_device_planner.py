@@ -57,7 +57,7 @@ def batches(draw):
 
 
 @built
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(batches())
 def test_is_the_plan_in_torch(batch) -> None:
     assert_is_plan_in_torch(*batch)
