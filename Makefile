@@ -24,6 +24,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check -qq
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Another torch means another stamp, so `make test TORCH=...` is never served by the old one.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
+COMPILED := $(VENV)/.stamp-compiled
 
 .PHONY: help venv compiled wheel demo test test-slow test-all lint bench audit gpu gpu-correctness gpu-bench clean
 
@@ -40,7 +41,7 @@ help:
 	@echo "make clean     remove .venv, out/ and build products"
 	@echo "DEVICE=cuda make demo    on the GPU, with the torch of the current Python"
 
-venv: $(STAMP)
+venv: $(STAMP) $(COMPILED)
 
 # torch goes first and is then held at exactly what was installed: no later step can replace it.
 # The Triton of constraints.txt is for a torch that brings none (a CPU build).
@@ -56,32 +57,37 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "[2/3] $(TORCH) (the largest download; about a minute when it is at hand)"
 	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
 	@$(if $(filter $(TORCH_DEFAULT),$(TORCH)),grep '^torch==' constraints.txt >> $(VENV)/constraints.txt)
-	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel ninja '$(TORCH)' || { \
+	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel '$(TORCH)' || { \
 	  echo "make: '$(TORCH)' could not be installed. Hint: make TORCH=... TORCH_INDEX=... names another one." >&2; exit 1; }
 	@sed -i.bak '/^torch==/d' $(VENV)/constraints.txt
 	@$(PY) -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' >> $(VENV)/constraints.txt
 	@$(PY) -c 'import importlib.metadata as m; print("triton==" + m.version("triton"))' 2>/dev/null \
 	  >> $(VENV)/constraints.txt || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
 	@echo "[3/3] tools for demo and tests, vlmo_kernels itself, and what the tests compare with"
-	@$(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,demo,test]'
+	@VLMO_KERNELS_COMPILED=0 $(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,vlmo,test]'
 	@# What the tests compare with. Without --no-deps these replace torch (fairscale, torchscale) or pin it (xformers).
 	@$(PIP) install $(INDEX) --no-build-isolation --no-deps torchscale==0.3.0 fairscale==0.4.0 xformers==0.0.35
-	@# Built by the installation above where a compiler is found; this says so, or what is missing.
-	@$(VENV)/bin/vlmo-kernels info | grep -E '^ *(compiled|host planner)' || true
 	@touch $@
 
-# Incremental, so that it may be asked for at any time. Fails with the reason where something is missing.
+# The compiled parts; fails with the reason where something is missing. ninja builds what has changed, nothing else.
+BUILD := $(PY) -W ignore setup.py -q build_ext --inplace
 compiled: $(STAMP)
-	$(PY) -W ignore setup.py -q build_ext --inplace
+	$(BUILD)
+
+# The same for the other targets, which go on without them.
+$(COMPILED): $(STAMP) setup.py $(wildcard csrc/*/* csrc/include/*/*)
+	@$(BUILD) || echo "make: going on without the compiled parts, on slower paths; 'make compiled' tries again" >&2
+	@touch $@
 
 # What an installation without a compiler needs: the wheel with every compiled part that can be built here.
 wheel: $(STAMP)
+	@rm -rf build/lib*  # what setuptools left there of earlier builds would go into the wheel
 	VLMO_KERNELS_COMPILED=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls -1 dist/*.whl
 
 ifeq ($(DEVICE),cpu)
 RUN := $(VENV)/bin/vlmo-kernels
-READY := $(STAMP)
+READY := $(STAMP) $(COMPILED)
 else
 RUN := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON) -m vlmo_kernels.cli
 READY := device-python
@@ -99,10 +105,10 @@ demo: $(READY)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
-test: lint
+test: lint $(COMPILED)
 	$(PY) -m pytest -q -m "not slow and not gpu" --durations=5
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(COMPILED)
 	$(PY) -m pytest -q -m "slow and not gpu" --durations=5 || { rc=$$?; \
 	  [ $$rc -eq 5 ] && echo "test-slow: no test is marked slow"; }
 	PYTHON=$(PY) tests/check_wheel.sh
@@ -120,7 +126,8 @@ bench: $(READY)
 audit: $(STAMP)
 	$(VENV)/bin/vlmo-kernels audit
 
-# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing.
+# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing. With ninja and
+# nvcc there too the device planner is built and tested.
 # Stages, so that each can be run alone: make gpu-correctness, make gpu-bench.
 GPU := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON)
 GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
@@ -128,6 +135,7 @@ GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_devic
 gpu: gpu-correctness gpu-bench
 
 gpu-correctness:
+	-$(DEVICE_PYTHON) -W ignore setup.py -q build_ext --inplace
 	$(GPU) -m pytest -q -m gpu tests/gpu --durations=5
 
 gpu-bench:

@@ -144,8 +144,8 @@ def parts() -> list[Part]:
     if kernels and CUDA_WANTED != "0" and (CUDA_WANTED == "1" or (cuda_torch(torch) and nvcc())):
         home = Path(nvcc() or "nvcc").parent.parent
         headers += f" -DUSE_CUDA -isystem {home}/include"
-        # A CPU build of torch has no libtorch_cuda: the part can be built and looked at there, not loaded.
-        link = f"-L{torch}/lib -ltorch_cpu {'-ltorch_cuda' if cuda_torch(torch) else ''} -L{home}/lib64 -lcudart_static"
+        # "." is the build folder, with the stand-in of libtorch_cuda that a CPU build of torch does not have.
+        link = f"-L{torch}/lib -L. -Wl,--no-as-needed -ltorch_cpu -ltorch_cuda -L{home}/lib64 -lcudart_static"
         link += " -lpthread -ldl -lrt"
         found.append(Part("vlmo_kernels.lib.vlmo_kernels_cuda", [*kernels, *of_cuda], headers, link))
     return found
@@ -214,6 +214,10 @@ class BuildWithNinja(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(part.module)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        if part.module.endswith("_cuda") and not cuda_torch(torch_folder()):
+            # An empty library of that name: what is built against it loads under a CUDA build of torch.
+            stand_in = f"{cxx()} -shared -Wl,-soname,libtorch_cuda.so -o libtorch_cuda.so -x c++ /dev/null"
+            subprocess.run(stand_in, shell=True, check=True, cwd=folder)
         (folder / "build.ninja").write_text(ninja_file(part, folder, target))
         per_job = 3 * GIB if any(s.suffix == ".cu" for s in part.sources) else GIB
         subprocess.run([ninja(), "-C", str(folder), f"-j{jobs(per_job)}"], check=True, stdout=sys.stderr)

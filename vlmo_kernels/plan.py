@@ -130,13 +130,11 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def as_ints(modality: str, lengths) -> int | list[int]:
-    """A length, or a list of lengths, as Python integers that are not negative."""
+def as_list(lengths) -> object:
+    """Lengths as given by the user: a list, or what is hoped to be one integer for all samples."""
     if isinstance(lengths, torch.Tensor):
-        lengths = lengths.tolist()
-    single = not hasattr(lengths, "__iter__")
-    values = [_as_int(modality, n) for n in ([lengths] if single else lengths)]
-    return values[0] if single else values
+        return lengths.tolist()
+    return list(lengths) if hasattr(lengths, "__iter__") else lengths
 
 
 def _as_int(modality: str, n) -> int:
@@ -160,6 +158,10 @@ def ids_of_runs(runs, names: tuple[str, ...], starts: Mapping[str, int] | None) 
         raise ValueError(f"ModalityLayout: `starts` must not be negative, got {dict(starts)}")
     placed = [_placed_runs(b, sample, names, starts or {}) for b, sample in enumerate(runs)]
     length = max((end for sample in placed for _, _, end in sample), default=0)
+    if len(placed) * length >= 2**31 - 1:
+        raise ValueError(
+            f"ModalityLayout: samples times padded length must be below 2**31 - 1, got {len(placed)} x {length}"
+        )
     ids = torch.full((len(placed), length), -1, dtype=torch.int64)
     for b, sample in enumerate(placed):
         for modality, start, end in sample:

@@ -18,7 +18,7 @@ using PlanTables = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 constexpr const char* kPlanSchema =
     "plan(Tensor ids, Tensor? mask, int modalities) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 
-// launch(device_plan::Input<Id>, int32_t* workspace, device_plan::Tables) computes the tables.
+// launch(device_plan::Input<Id>, int32_t* workspace, Tables) computes the tables.
 template <typename Launch>
 PlanTables plan(const Tensor& ids, const std::optional<Tensor>& mask, int64_t modalities, Launch launch) {
   using torch::headeronly::ScalarType;
@@ -47,7 +47,7 @@ PlanTables plan(const Tensor& ids, const std::optional<Tensor>& mask, int64_t mo
   PlanTables out{table(batch + 1), table(batch * length), table(batch * length), table(batch * length),
                  table(columns),   table(batch * length)};
   const auto data = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
-  const device_plan::Tables tables{data(std::get<0>(out)), data(std::get<1>(out)), data(std::get<2>(out)),
+  const Tables tables{data(std::get<0>(out)), data(std::get<1>(out)), data(std::get<2>(out)),
                                    data(std::get<3>(out)), data(std::get<4>(out)), data(std::get<5>(out))};
   const auto run = [&](auto id) {
     using Id = decltype(id);

@@ -146,18 +146,30 @@ class VLMo(nn.Module):
             return (None,) * self.config.depth
         return layer_position_biases(self.relative_position_bias_table, index, self.config.depth)
 
-    def embed_text(self, text_ids: Tensor) -> Tensor:
-        """Token ids [B, max_text_len] to the encoder's text input [B, max_text_len, dim]."""
-        return self.text_embeddings(text_ids) + self.token_type_embeddings(torch.zeros_like(text_ids))
+    def embed_text(self, text_ids: Tensor, dropout_scale: Tensor | None = None) -> Tensor:
+        """Token ids [B, max_text_len] to the encoder's text input [B, max_text_len, dim].
 
-    def embed_image(self, image: Tensor, image_token_type: int = 1) -> Tensor:
-        """Images to the encoder's image input [B, w*w + 1, dim]. Token type 2 is NLVR2's second image."""
+        dropout_scale: factors of that shape in place of the embeddings' own dropout.
+        """
+        return self.text_embeddings(text_ids, dropout_scale) + self.token_type_embeddings(torch.zeros_like(text_ids))
+
+    def embed_image(
+        self,
+        image: Tensor,
+        image_token_type: int = 1,
+        hide: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
+        """Images to the encoder's image input [B, w*w + 1, dim]. Token type 2 is NLVR2's second image.
+
+        hide: bool [B, w*w], patches whose embedding `mask_token` [dim] takes the place of.
+        """
         if not 1 <= image_token_type < self.config.num_token_types:
             raise ValueError(
                 f"VLMo: image_token_type must lie in 1..{self.config.num_token_types - 1}, "
                 f"got {image_token_type}. Hint: NLVR2 needs num_token_types=3."
             )
-        x = self.transformer.visual_embed(image)
+        x = self.transformer.visual_embed(image, hide, mask_token)
         types = torch.full(x.shape[:2], image_token_type, dtype=torch.int64, device=x.device)
         return x + self.token_type_embeddings(types)
 
@@ -177,7 +189,7 @@ class VLMo(nn.Module):
         if text_mask is not None:
             mask = F.pad(text_mask.bool(), (0, visual.shape[1]), value=True)
         biases = self.position_biases(self.text_imag_relative_position_index)
-        x = self._run(torch.cat([text, visual], dim=1), mask, "vl", biases, 0, self.config.depth)
+        x = self.transformer(torch.cat([text, visual], dim=1), mask, "vl", biases, 0, self.config.depth)
         x = self.transformer.norm(x)
         text_len = text.shape[1]
         return VLMoOutput(text_feats=x[:, :text_len], image_feats=x[:, text_len:], cls_feats=self.pooler(x))
@@ -255,26 +267,11 @@ class VLMo(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """One modality through all layers, `with_vl` again through the top layers as "vl"; both normed."""
         start, depth = self.config.vlffn_start, self.config.depth
-        branch = self._run(x, mask, modality_type, biases, 0, start)
-        hidden = self.transformer.norm(self._run(branch, mask, modality_type, biases, start, depth))
+        branch = self.transformer(x, mask, modality_type, biases, 0, start)
+        hidden = self.transformer.norm(self.transformer(branch, mask, modality_type, biases, start, depth))
         if not with_vl:
             return hidden, None
-        return hidden, self.transformer.norm(self._run(branch, mask, "vl", biases, start, depth))
-
-    def _run(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        modality_type: str,
-        biases: tuple[Tensor | None, ...],
-        start: int,
-        stop: int,
-    ) -> Tensor:
-        for layer in range(start, stop):
-            x = self.transformer.blocks[layer](
-                x, mask=mask, modality_type=modality_type, relative_position_bias=biases[layer]
-            )
-        return x
+        return hidden, self.transformer.norm(self.transformer(branch, mask, "vl", biases, start, depth))
 
     def _check_text(self, method: str, text_ids: Tensor, text_mask: Tensor | None) -> None:
         length = self.config.max_text_len

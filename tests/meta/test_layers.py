@@ -28,7 +28,8 @@ ALLOWED = {
     "modules": {"torch", "ops", "layout", "runtime"},
     "swap": {"torch", "modules", "ops", "layout", "runtime"},
     "runtime": {"torch", "ops|lazy", "kernels|lazy", "triton|lazy"},
-    "layout": {"torch", "plan", "rows", "runtime"},
+    "layout": {"torch", "plan", "host_plan", "rows", "runtime"},
+    "host_plan": {"torch", "runtime"},
     "plan": {"torch", "runtime"},
     "rows": {"torch", "runtime", "kernels|lazy"},
 }

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "vlmo_kernels/plan_tables.h"
+
 #if defined(__CUDACC__)
 #define VLMO_HOST_DEVICE __host__ __device__
 #else
@@ -47,11 +49,6 @@ struct Input {
   VLMO_HOST_DEVICE int columns() const { return 2 * modalities + 1; }
   // At least one: somebody has to write the offsets of an empty batch.
   VLMO_HOST_DEVICE int blocks() const { return batch > 0 ? (batch + kSamples - 1) / kSamples : 1; }
-};
-
-// int32; sizes as in ModalityLayout with T = batch * length.
-struct Tables {
-  std::int32_t *cu_seqlens, *rows, *positions, *sample_of_row, *group_offsets, *row_of_token;
 };
 
 // What the threads of a block share. A row of `seen` has one entry more than needed, against bank conflicts.
