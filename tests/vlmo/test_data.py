@@ -187,6 +187,11 @@ def test_shapes_through_the_loader(tokenizer):
     assert open_source("shapes:7:heldout").read(0).__next__().caption == shapes.dataset(7, split="heldout").caption(0)
 
 
+def test_photographs_through_the_loader(tokenizer):
+    batch, loader = load(open_source("photos"), tokenizer)
+    assert batch.image.shape == (8, 3, 8, 8) and loader.report.good == 8
+
+
 def test_several_captions_of_one_image(tmp_path):
     write_images(tmp_path, 2)
     (tmp_path / "captions.json").write_text(json.dumps({"0.png": ["one", "two"], "1.png": ["three"]}))
