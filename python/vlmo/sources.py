@@ -61,8 +61,9 @@ def open_source(spec: str, image_size: int = 64) -> Source:
     """The source for what a user writes.
 
     "shapes:N" or "shapes:N:heldout" (generated, `image_size` pixels a side), "photos" (eight that come along), a folder
-    with captions.json, .jsonl or .tsv, a folder of images, a Karpathy json (images beside it), .parquet, .arrow, .tar,
-    several of one kind by a glob or braces ("train-{000..099}.tar"), a folder of such files.
+    with captions.json, .jsonl or .tsv, a folder of images, a Karpathy json with its images beside it ("coco.json", or
+    one split of it, "coco.json:test"), .parquet, .arrow, .tar, several of one kind by a glob or braces
+    ("train-{000..099}.tar"), a folder of such files.
     """
     if spec.startswith("shapes:"):
         return _open_shapes(spec, image_size)
@@ -78,6 +79,9 @@ def open_source(spec: str, image_size: int = 64) -> Source:
             if files:
                 return _open_files(files)
         return FolderSource(folder)
+    file, _, split = spec.partition(".json:")
+    if split:
+        return KarpathySource(file + ".json", splits=(split,))
     if spec.endswith(".json"):
         return KarpathySource(spec)
     return _open_files(_expand(spec))

@@ -199,6 +199,13 @@ def test_several_captions_of_one_image(tmp_path):
     assert [(r.index, r.picture, r.caption) for r in records] == [(0, 0, "one"), (1, 0, "two"), (2, 1, "three")]
 
 
+def test_a_split_of_karpathy(tmp_path):
+    source = open_source(f"{make_karpathy(tmp_path)}:test")
+    assert [record.caption for record in source.read(0)] == ["of the test"]
+    with pytest.raises(ValueError, match="splits dev. must hold at least one sample"):
+        open_source(f"{tmp_path}/dataset.json:dev")
+
+
 # What is not as it should be
 
 
@@ -397,7 +404,7 @@ def test_order_follows_from_the_seed_and_changes_every_epoch(tokenizer):
     assert sorted(one) == sorted(two) == list(range(150)) and one != two != sorted(two)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 7, 19, 45])
+@pytest.mark.parametrize("stop", [1, 19, 45])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 4)])
 def test_resumption_also_on_another_number_of_processes(stop, before, after, tokenizer):
     expected = indices(loader_of(tokenizer), stop + 12)[stop:]
