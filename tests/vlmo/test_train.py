@@ -352,5 +352,5 @@ def test_a_refused_global_is_named_with_the_safe_way(tmp_path: Path) -> None:
     path = tmp_path / "lightning.ckpt"
     model = VLMo(stage_config(CONFIG, "language"))
     torch.save({"state_dict": model.state_dict(), "hyper_parameters": Fraction(1, 2)}, path)
-    with pytest.raises(ValueError, match=r"it wants fractions.Fraction. Nothing of it was executed. Hint: .*torch.save\("):
+    with pytest.raises(ValueError, match=r"wants fractions.Fraction. Nothing of it was executed. Hint: .*torch.save"):
         start_from(model, path, "language")
