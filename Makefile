@@ -24,6 +24,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check -qq
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Another torch means another stamp, so `make test TORCH=...` is never served by the old one.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
+COMPILED := $(VENV)/.stamp-compiled
 
 .PHONY: help venv compiled wheel demo test test-slow test-all lint bench audit gpu gpu-correctness gpu-bench clean
 
@@ -56,7 +57,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "[2/3] $(TORCH) (the largest download; about a minute when it is at hand)"
 	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
 	@$(if $(filter $(TORCH_DEFAULT),$(TORCH)),grep '^torch==' constraints.txt >> $(VENV)/constraints.txt)
-	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel ninja '$(TORCH)' || { \
+	@$(PIP) install $(INDEX) -c $(VENV)/constraints.txt 'setuptools>=64' wheel '$(TORCH)' || { \
 	  echo "make: '$(TORCH)' could not be installed. Hint: make TORCH=... TORCH_INDEX=... names another one." >&2; exit 1; }
 	@sed -i.bak '/^torch==/d' $(VENV)/constraints.txt
 	@$(PY) -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' >> $(VENV)/constraints.txt
@@ -74,13 +75,13 @@ compiled: $(STAMP)
 	$(BUILD)
 
 # The same for the other targets, which go on without them.
-COMPILED := $(VENV)/.stamp-compiled
 $(COMPILED): $(STAMP) setup.py $(wildcard csrc/*/* csrc/include/*/*)
 	@$(BUILD) || echo "make: going on without the compiled parts, on slower paths; 'make compiled' tries again" >&2
 	@touch $@
 
 # What an installation without a compiler needs: the wheel with every compiled part that can be built here.
 wheel: $(STAMP)
+	@rm -rf build/lib*  # what setuptools left there of earlier builds would go into the wheel
 	VLMO_KERNELS_COMPILED=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls -1 dist/*.whl
 
@@ -125,7 +126,8 @@ bench: $(READY)
 audit: $(STAMP)
 	$(VENV)/bin/vlmo-kernels audit
 
-# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing.
+# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing. With ninja and
+# nvcc there too the device planner is built and tested.
 # Stages, so that each can be run alone: make gpu-correctness, make gpu-bench.
 GPU := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON)
 GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
@@ -133,6 +135,7 @@ GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_devic
 gpu: gpu-correctness gpu-bench
 
 gpu-correctness:
+	-$(DEVICE_PYTHON) -W ignore setup.py -q build_ext --inplace
 	$(GPU) -m pytest -q -m gpu tests/gpu --durations=5
 
 gpu-bench:

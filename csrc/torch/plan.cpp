@@ -14,9 +14,10 @@ vlmo_kernels::PlanTables plan(Tensor ids, std::optional<Tensor> mask, int64_t mo
     const auto fill = [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) device_plan::fill_on_cpu(in, static_cast<int>(b), workspace, out);
     };
-    // Several blocks a task: one takes a few microseconds.
-    torch::stable::parallel_for(0, in.blocks(), 8, count);
-    torch::stable::parallel_for(0, in.blocks(), 8, fill);
+    // A block takes about 20 microseconds; waking a thread on a busy machine takes milliseconds.
+    constexpr int64_t blocks_of_a_thread = 256;
+    torch::stable::parallel_for(0, in.blocks(), blocks_of_a_thread, count);
+    torch::stable::parallel_for(0, in.blocks(), blocks_of_a_thread, fill);
   });
 }
 
