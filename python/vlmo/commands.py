@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,17 @@ def run_retrieve(
     _say(f"sheet: {out}")
 
 
+@contextlib.contextmanager
+def _leaving_processes() -> Iterator[None]:
+    """Take leave of the other processes, whatever happens."""
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@_leaving_processes()
 def run_finetune(
     options: ModelOptions, task: str, data: str, annotations: Path | None, images: Path | None, out: Path,
     steps: int, batch_size: int, lr: float, seed: int, precision: str, workers: int,

@@ -131,6 +131,34 @@ def test_finetune_then_evaluate(task, run, tmp_path, capsys):
     assert "must be fine-tuned" in capsys.readouterr().err
 
 
+def test_official_annotation_files(run, tmp_path):
+    """VQA v2 and NLVR2 as they are distributed: tune on a few, evaluate, write the answers."""
+    questions, answers, lines = [], [], []
+    for i in range(10):
+        asked, said = shapes.question(i, image_size=32), shapes.statement(i, image_size=32)
+        asked.picture.image.save(tmp_path / f"COCO_train2014_{i:012d}.jpg")
+        questions.append({"image_id": i, "question": asked.question, "question_id": 100 + i})
+        answers.append({"question_id": 100 + i, "answers": [{"answer": ("Yes", "no")[i == 0]}] * 10})
+        for number, picture in enumerate((said.left, said.right)):
+            picture.image.save(tmp_path / f"train-{i}-0-img{number}.png")
+        lines.append(json.dumps({"identifier": f"train-{i}-0-1", "sentence": said.text, "label": str(said.truth)}))
+    asked_file, given_file = tmp_path / "v2_train2014_questions.json", tmp_path / "v2_annotations.json"
+    asked_file.write_text(json.dumps({"questions": questions}))
+    given_file.write_text(json.dumps({"annotations": answers}))
+    (tmp_path / "train.json").write_text("\n".join(lines))
+    for task, data in {
+        "vqa": ("--data", asked_file, "--annotations", given_file),
+        "nlvr2": ("--data", tmp_path / "train.json"),
+    }.items():
+        data += ("--task", task, "--images", tmp_path)
+        out, figures = tmp_path / task, tmp_path / f"{task}.json"
+        assert vlmo("finetune", *data, "--model", run, "--out", out, "--steps", 2, "--batch-size", 4) == 0
+        assert vlmo("evaluate", *data, "--model", out, "--out", figures) == 0
+        assert json.loads(figures.read_text())["examples"] == (9 if task == "vqa" else 10)
+    # "no" was said once only, so it is no class.
+    assert json.loads((tmp_path / "vqa" / "classes.json").read_text())["classes"] == ["yes"]
+
+
 def test_finetune_retrieval_goes_on_from_the_model_and_can_be_used(run, tmp_path):
     out = tmp_path / "tuned"
     arguments = ("--task", "retrieval", "--data", "shapes:64", "--model", run, "--out", out)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -345,3 +346,11 @@ def test_a_step_does_not_depend_on_the_implementation() -> None:
     inputs = step_inputs("vision-language")
     a, b = (objective("vision-language", impl=impl)(inputs)["loss"] for impl in ("cpu", "reference"))
     torch.testing.assert_close(a, b)
+
+
+def test_a_refused_global_is_named_with_the_safe_way(tmp_path: Path) -> None:
+    path = tmp_path / "lightning.ckpt"
+    model = VLMo(stage_config(CONFIG, "language"))
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": Fraction(1, 2)}, path)
+    with pytest.raises(ValueError, match=r"wants fractions.Fraction. Nothing of it was executed. Hint: .*torch.save"):
+        start_from(model, path, "language")
