@@ -135,9 +135,10 @@ def run_finetune(
     examples = None
     if task != "retrieval":
         examples = open_examples(task, data, annotations, images, options.picture_size())
+    torch.manual_seed(seed)  # a new classifier is drawn
     loaded = options.load(task, None if examples is None else tuple(examples.classes))
     config = loaded.model.config
-    torch.manual_seed(seed + rank())
+    torch.manual_seed(seed + rank())  # dropout and DropPath
     if examples is None:
         batches = Loader(
             open_source(data, config.image_size), loaded.tokenizer, batch_size=batch_size, seed=seed, rank=rank(),

@@ -131,6 +131,18 @@ def test_finetune_then_evaluate(task, run, tmp_path, capsys):
     assert "must be fine-tuned" in capsys.readouterr().err
 
 
+def test_the_seed_fixes_fine_tuning(run, tmp_path):
+    """The new classifier, the order, and everything after."""
+    arguments = ("--task", "vqa", "--data", "shapes:32", "--model", run, "--steps", 2, "--batch-size", 4)
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(states))
+        assert vlmo("finetune", *arguments, "--out", tmp_path / name, "--seed", seed) == 0
+        states.append(load_model(tmp_path / name, task="vqa").model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["vqa_classifier.0.weight"], states[2]["vqa_classifier.0.weight"])
+
+
 def test_official_annotation_files(run, tmp_path):
     """VQA v2 and NLVR2 as they are distributed: tune on a few, evaluate, write the answers."""
     questions, answers, lines = [], [], []
