@@ -141,7 +141,7 @@ class Pretraining(nn.Module):
         # [CLS] stands before the patches.
         predicted = self.pixels(self._at(x, inputs.plan.rows(sample, hidden + 1).flatten()))
         target = F.unfold(image, size, stride=size).transpose(1, 2)[sample, hidden].flatten(0, 1)
-        error = (predicted.float() - target).abs()
+        error = (_wide(predicted) - target).abs()
         return {"mim": global_mean(error.sum(), error.numel())}
 
     def _language(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -179,9 +179,9 @@ class Pretraining(nn.Module):
     # ------------------------------------------------------------------ objectives
 
     def _mlm(self, x: Tensor, rows: Tensor, masked: MaskedText) -> dict[str, Tensor]:
-        logits = self.model.mlm_score(self._at(x, rows)).float()
+        logits = _wide(self.model.mlm_score(self._at(x, rows)))
         total = F.cross_entropy(logits, masked.label, reduction="sum")
-        right = (logits.argmax(1) == masked.label).float().sum()
+        right = (logits.argmax(1) == masked.label).to(total.dtype).sum()
         loss, accuracy = global_mean(torch.stack([total, right]), masked.label.numel()).unbind()
         return {"mlm": loss, "mlm_accuracy": accuracy.detach()}
 
@@ -205,7 +205,7 @@ class Pretraining(nn.Module):
         negatives = [("negative image", "negative image"), ("negative text", "negative text")]
         x = self._encode(inputs, plan, text, image, index, negatives)
         features = torch.cat([cls_pair, self._at(x, plan.pair_cls())])
-        logits = model.itm_score(model.pooler(features[:, None])).float()
+        logits = _wide(model.itm_score(model.pooler(features[:, None])))
         labels = torch.zeros(3 * size, dtype=torch.int64, device=logits.device)
         labels[:size] = 1
         with torch.no_grad():
@@ -247,6 +247,11 @@ class Pretraining(nn.Module):
         return encode(self.model, plan, text, image, drops=drops, recompute=self.recompute, impl=self.impl)
 
 
+def _wide(t: Tensor) -> Tensor:
+    """fp32 at least: what losses are computed in, whatever autocast made of the features."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Image-text contrast over the batch of all processes (paper section 3.3; CLIP).
 
@@ -255,8 +260,8 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[
     fp32 [B, world * B], image to text and text to image.
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text = image.float(), text.float()
-        scale = logit_scale.float().exp()
+        image, text = _wide(image), _wide(text)
+        scale = _wide(logit_scale).exp()
         to_text = scale * image @ gather_with_grad(text).T
         to_image = scale * text @ gather_with_grad(image).T
     own = torch.arange(len(image), device=image.device) + rank() * len(image)

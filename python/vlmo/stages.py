@@ -26,7 +26,11 @@ HEADS = {"vision": (), "language": ("mlm",), "vision-language": ("mlm", "itm", "
 _TEXT = r"^text_embeddings\.|^token_type_embeddings\.|\.mlp_text\.|\.norm2_text\.|^mlm_score\."
 _FUSION = r"\.mlp_vl\.|\.norm2_vl\.|^itm_score\.|^itc_|^logit_|^pooler\."
 # What a checkpoint of an earlier stage need not have.
-_NEW = {"vision": r"(?!)", "language": _TEXT + r"|^pooler\.", "vision-language": rf"{_FUSION}|^mlm_score\."}
+_NEW = {
+    "vision": rf"{_TEXT}|^pooler\.",
+    "language": rf"{_TEXT}|^pooler\.",
+    "vision-language": rf"{_FUSION}|^mlm_score\.",
+}
 
 
 @dataclass(frozen=True)

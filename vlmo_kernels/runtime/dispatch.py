@@ -22,17 +22,23 @@ class Explanation:
 
     Attributes:
         op: name of the op.
-        chosen: the implementation that runs, or None if none can.
+        chosen: the implementation that runs, or None if none can; "mixed" where the parts of an op differ.
         rejected: implementation to the reason why it does not run.
+        how: what the chosen implementation computes with, where it has a choice.
+        parts: for an op made of others (`mome_block`), what runs for each.
     """
 
     op: str
     chosen: str | None
     rejected: dict[str, str] = field(default_factory=dict)
+    how: str | None = None
+    parts: tuple[Explanation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen or 'no implementation can run'}"]
-        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected.items()])
+        lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
+        lines += [f"  {self.chosen} runs {self.how}"] if self.how else []
+        return "\n".join(lines + ["  " + line for part in self.parts for line in str(part).splitlines()])
 
 
 class _Explained(Exception):
@@ -97,7 +103,7 @@ def _explanation(request: Request, impl: str) -> Explanation:
     if impl != "auto":
         why = _WHY_NOT[impl](request)
         rejected = {name: "another was asked for" for name in IMPLEMENTATIONS if name != impl}
-        return Explanation(request.op, None, {impl: why}) if why else Explanation(request.op, impl, rejected)
+        return Explanation(request.op, None, {impl: why}) if why else _chosen(request, impl, rejected)
     rejected: dict[str, str] = {}
     # The interpreter proves kernels; it is far too slow to be anybody's default.
     candidates = ("triton",) if request.device.type != "cpu" else ("cpu", "reference")
@@ -107,11 +113,16 @@ def _explanation(request: Request, impl: str) -> Explanation:
             if why is None:
                 later = IMPLEMENTATIONS[IMPLEMENTATIONS.index(name) + 1 :]
                 rejected |= {other: f"{name} comes first" for other in later}
-                return Explanation(request.op, name, rejected)
+                return _chosen(request, name, rejected)
             rejected[name] = why
         else:
             rejected[name] = _WHY_NOT[name](request) or f"never chosen by itself on {request.device.type}"
     return Explanation(request.op, None, rejected)
+
+
+def _chosen(request: Request, name: str, rejected: dict[str, str]) -> Explanation:
+    how = getattr(load(request.op, name), "how", None) if name == "cpu" else None
+    return Explanation(request.op, name, rejected, how(request) if how else None)
 
 
 def select(request: Request, impl: str) -> str:
@@ -152,6 +163,12 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     ops = importlib.import_module("vlmo_kernels.ops")
     if op not in ops.__all__:
         raise ValueError(f"explain: `op` must be one of {', '.join(ops.__all__)}, got {op!r}")
+    if op == "mome_block":
+        calls = importlib.import_module("vlmo_kernels.ops.mome_block").calls(*args, **kwargs)
+        parts = tuple(explain(name, *a, **k) for name, a, k in calls)
+        chosen = {part.chosen for part in parts}
+        agreed = chosen.pop() if len(chosen) == 1 else None if None in chosen else "mixed"
+        return Explanation(op, agreed, parts=parts)
     token = _explaining.set(True)
     try:
         getattr(ops, op)(*args, **kwargs)
