@@ -186,12 +186,25 @@ def test_finetune_retrieval_goes_on_from_the_model_and_can_be_used(run, tmp_path
     assert vlmo("evaluate", "--task", "retrieval", "--data", "shapes:12", "--model", out) == 0
 
 
-def test_another_image_size_and_a_checkpoint_file(run, tmp_path, capsys):
-    file = ("--model", run / "model.safetensors", "--vocab", run / "vocab.txt")
+def test_another_image_size_is_interpolated(run, capsys):
     assert vlmo("evaluate", "--task", "retrieval", "--data", "shapes:12", "--model", run, "--image-size", 48) == 0
     assert "interpolated" in capsys.readouterr().out
-    # Tiny is no published text length: a file does not tell how many of its bias rows are text's.
-    assert vlmo("evaluate", "--task", "retrieval", "--data", "shapes:12", *file) == 2
+
+
+def test_a_checkpoint_file_alone(run, tmp_path, monkeypatch):
+    """As published: wrapped, with index buffers, no configuration beside it. The size must be a known one."""
+    model = load_model(run).model
+    state = {"relative_position_index": torch.zeros(3), **model.state_dict()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "vlmo.pt")
+    file = ("--model", tmp_path / "vlmo.pt", "--vocab", run / "vocab.txt")
+    monkeypatch.setitem(CONFIGS, "tiny", replace(CONFIGS["tiny"], text_only_len=18))
+    figures = []
+    for options in (("--model", run), file):
+        data = ("--task", "retrieval", "--data", "shapes:16", "--rerank", 10, "--out", tmp_path / "f.json")
+        assert vlmo("evaluate", *data, *options) == 0
+        figures.append(json.loads((tmp_path / "f.json").read_text()))
+    assert figures[0] == figures[1]
+    assert load_model(tmp_path / "vlmo.pt", vocab=run / "vocab.txt").model.config == model.config
 
 
 @pytest.mark.parametrize("name", ["base", "base_plus", "large"])
