@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import torch
 
 from .bench import eager, probe
 from .bench.display import progress, table
-from .bench.error import MAX_FACTOR, RMS_FACTOR, Verdict, error_of, judge, worst
+from .bench.error import FLOOR_EPS, MAX_FACTOR, RMS_FACTOR, Verdict, error_of, judge, rms, worst
 from .runtime.dispatch import IMPLEMENTATIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,15 +76,16 @@ def run(device: str = "", ops: Sequence[str] = (), dtypes: Sequence[str] = (), c
             if why:
                 lines.append([*where, "-", "-", f"not here: {why}"])
                 continue
-            verdicts = {case: check_case(op, impl, chosen[name], CASES[case], device_) for case in cases or CASES}
-            bad = {case: v for case, v in verdicts.items() if not v.ok}
-            checks += len(verdicts)
-            failures += [f"{op} {impl} {name} {device_}, {case}: {v.why}" for case, v in bad.items()]
-            closest = worst(list(verdicts.values()))
+            tried = [CASES[case] for case in cases or CASES]
+            found = check_op(op, impl, chosen[name], tried, device_)
+            bad = {result: v for result, v in found.items() if not v.ok}
+            checks += len(found)
+            failures += [f"{op} {impl} {name} {device_}, {result}: {v.why}" for result, v in bad.items()]
+            closest = worst(list(found.values()))
             share = closest.max_err / closest.max_allowed if closest.max_allowed else 0.0
-            said = f"{len(bad)} of {len(verdicts)} FAILED" if bad else f"{len(verdicts)} ok"
+            said = f"{len(bad)} of {len(found)} FAILED" if bad else f"{len(found)} ok"
             lines.append([*where, f"{closest.max_err:.1e}", f"{share:.0%}", said])
-    columns = ["op", "implementation", "dtype", "device", "max error", "of allowed", "cases"]
+    columns = ["op", "implementation", "dtype", "device", "max error", "of allowed", "results"]
     rule = f"{MAX_FACTOR:g}x (largest) and {RMS_FACTOR:g}x (RMS) of the error of eager torch in the same dtype"
     table("check: output and every gradient against fp64", columns, lines, f"allowed: {rule}")
     print("\n".join(failures) if failures else f"{checks} checks, all passed")
@@ -99,39 +102,50 @@ def _why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
     return ""
 
 
-def check_case(op: str, impl: str, dtype: torch.dtype, case: Case, device: str) -> Verdict:
-    """Output and all gradients of one case; an exception is a failure like any other."""
-    try:
-        call, expected, eager, more = _measure(op, dtype, case, device)
-        actual = _results(call.to(dtype), impl)
-    except Exception as error:  # the table must go on to the other cases
-        nan = float("nan")
-        return Verdict(nan, nan, nan, nan, f"{type(error).__name__}: {error}")
-    found = []
-    for name in expected:
-        v = judge(actual[name], expected[name], eager[name], more[name])
-        found.append(v if v.ok else replace(v, why=f"{name}: {v.why}"))
-    return worst(found)
+def check_op(op: str, impl: str, dtype: torch.dtype, cases: Sequence[Case], device: str) -> dict[str, Verdict]:
+    """The output and every gradient, each judged over all cases and draws; an exception is a failure like any other.
+
+    The largest of the few errors of a small result is chance, eager's as well as ours: hence together. Every tensor
+    is first brought to magnitude one by a power of two, which rounds nothing.
+    """
+    pools: dict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
+    for case, seed in product(cases, range(DRAWS)):
+        try:
+            call, expected, forms = _measure(op, dtype, case, device, seed)
+            actual = _results(call.to(dtype), impl)
+        except Exception as error:  # the table must go on to the other ops
+            nan = float("nan")
+            return {case.name: Verdict(nan, nan, nan, nan, f"{type(error).__name__}: {error}")}
+        for name, right in expected.items():
+            # The fused form gives the bias no gradient: eager has only one way to it.
+            grants = [form[name] for which, form in forms.items() if (which, name) != ("sdpa", "grad of bias")]
+            one = judge(actual[name], right, grants[0])
+            if math.isnan(one.max_err):
+                return {f"{case.name}, {name}": one}
+            factor = _to_magnitude_one(right)
+            pools[name.rstrip("01")].append([(t * factor).flatten() for t in (actual[name], right, *grants)])
+    found = {}
+    for name, pool in pools.items():
+        actual, right, *grants = (torch.cat(parts) for parts in zip(*pool, strict=True))
+        found[name] = judge(actual, right, grants[0], [error_of(g, right) for g in grants[1:]])
+    return found
 
 
 @cache
-def _measure(op: str, dtype: torch.dtype, case: Case, device: str):
-    """A call, its fp64 and eager results, and the errors eager makes of other draws and in its other form.
-
-    Eager's error is itself random, and a gradient of few elements may come out well by luck: hence some draws.
-    """
+def _measure(op: str, dtype: torch.dtype, case: Case, device: str, seed: int):
+    """A call, its results in fp64, and what eager torch makes of it in each of its forms."""
     layout = probe.make_layout([list(sample) for sample in case.runs], device)
-    first, more = None, defaultdict(list)
-    for seed in range(DRAWS):
-        call = probe.make_call(op, layout, case.width, dtype, case.strided, seed)
-        expected = _results(call.to(torch.float64), "reference")
-        forms = {f: _results(call.to(dtype), f"eager {f}") for f in eager.FORMS.get(op, ("scores",))}
-        for form, results in forms.items():
-            for name in expected:
-                if (form, name) != ("sdpa", "grad of bias"):
-                    more[name].append(error_of(results[name], expected[name]))
-        first = first or (call, expected, forms["scores"])
-    return *first, more
+    call = probe.make_call(op, layout, case.width, dtype, case.strided, seed)
+    forms = {f: _results(call.to(dtype), f"eager {f}") for f in eager.FORMS.get(op, ("scores",))}
+    return call, _results(call.to(torch.float64), "reference"), forms
+
+
+def _to_magnitude_one(expected: torch.Tensor) -> float:
+    """A power of two; 1 for what fp64 cannot tell from zero."""
+    finite = expected[torch.isfinite(expected)]
+    size = rms(finite)
+    zero = FLOOR_EPS[torch.float64][0] * torch.finfo(torch.float64).eps
+    return 2.0 ** -round(math.log2(size)) if size > zero else 1.0
 
 
 def _results(call: probe.Call, impl: str) -> dict[str, torch.Tensor]:

@@ -177,7 +177,7 @@ class VLMo(nn.Module):
         if text_mask is not None:
             mask = F.pad(text_mask.bool(), (0, visual.shape[1]), value=True)
         biases = self.position_biases(self.text_imag_relative_position_index)
-        x = self._run(torch.cat([text, visual], dim=1), mask, "vl", biases, 0, self.config.depth)
+        x = self.transformer(torch.cat([text, visual], dim=1), mask, "vl", biases, 0, self.config.depth)
         x = self.transformer.norm(x)
         text_len = text.shape[1]
         return VLMoOutput(text_feats=x[:, :text_len], image_feats=x[:, text_len:], cls_feats=self.pooler(x))
@@ -255,26 +255,11 @@ class VLMo(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """One modality through all layers, `with_vl` again through the top layers as "vl"; both normed."""
         start, depth = self.config.vlffn_start, self.config.depth
-        branch = self._run(x, mask, modality_type, biases, 0, start)
-        hidden = self.transformer.norm(self._run(branch, mask, modality_type, biases, start, depth))
+        branch = self.transformer(x, mask, modality_type, biases, 0, start)
+        hidden = self.transformer.norm(self.transformer(branch, mask, modality_type, biases, start, depth))
         if not with_vl:
             return hidden, None
-        return hidden, self.transformer.norm(self._run(branch, mask, "vl", biases, start, depth))
-
-    def _run(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        modality_type: str,
-        biases: tuple[Tensor | None, ...],
-        start: int,
-        stop: int,
-    ) -> Tensor:
-        for layer in range(start, stop):
-            x = self.transformer.blocks[layer](
-                x, mask=mask, modality_type=modality_type, relative_position_bias=biases[layer]
-            )
-        return x
+        return hidden, self.transformer.norm(self.transformer(branch, mask, "vl", biases, start, depth))
 
     def _check_text(self, method: str, text_ids: Tensor, text_mask: Tensor | None) -> None:
         length = self.config.max_text_len

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -226,3 +228,21 @@ class MultiwayTransformer(nn.Module):
         patches = self.patch_embed(image)
         x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        modality_type: str,
+        relative_position_biases: Sequence[Tensor | None],
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """Hidden states through blocks `start` to `stop - 1`, without the final norm.
+
+        x: [B, N, dim]. mask and modality_type: as in `Block.forward`. relative_position_biases: one
+        [heads, N, N] or None for every layer of the model. Returns [B, N, dim].
+        """
+        for block, bias in zip(self.blocks[start:stop], relative_position_biases[start:stop], strict=True):
+            x = block(x, mask=mask, modality_type=modality_type, relative_position_bias=bias)
+        return x

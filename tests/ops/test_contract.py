@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -282,6 +284,22 @@ def test_explain_computes_nothing_and_tells_why(name: str) -> None:
     assert str(found).startswith(f"{op}: {found.chosen}\n  not triton: ")
     asked = vk.explain(op, *arguments[op], impl="reference")
     assert asked.chosen == "reference" and asked.rejected["cpu"] == "another was asked for"
+
+
+def test_explain_of_a_block_names_every_part() -> None:
+    layout = vk.ModalityLayout.from_lengths({"text": 3, "image": 4})
+    square, vector = [torch.randn(8, 8)], [torch.randn(8)]
+    params = vk.MoMEBlockParams(
+        heads=2, norm1=(vector, vector), qkv=([torch.randn(24, 8)], [None]), proj=(square, [None]),
+        norm2=(vector, vector), w1=square, b1=vector, w2=square, b2=vector,
+    )  # fmt: skip
+    x = torch.randn(7, 8)
+    found = vk.explain("mome_block", x, params, layout, bias=torch.zeros(2, 7, 7))
+    ops = ["routed_norm", "routed_linear", "shared_attention", "routed_linear", "routed_norm", "routed_ffn"]
+    assert [part.op for part in found.parts] == ops and found.chosen == "cpu"
+    half = dataclasses.replace(params, norm_kind="rms", norm1=([None], [None]), norm2=([None], [None]))
+    assert vk.explain("mome_block", x, half, layout, impl="reference").chosen == "reference"
+    assert "    not triton: " in str(found)
 
 
 def test_explain_and_select_say_what_is_wrong() -> None:

@@ -402,6 +402,19 @@ def test_settings_without_kernels_are_left_alone_and_named(settings: dict, reaso
     assert reason in str(error.value)
 
 
+def test_dropout_runs_on_the_kernels_in_eval_and_on_the_original_in_training() -> None:
+    plain = model(dropout=0.5).eval()
+    ours = swapped(copy.deepcopy(plain))
+    expected = output(swapped(model().eval()))
+    assert torch.equal(output(ours), expected)
+    ours.train(), plain.train()
+    results = []
+    for net in (ours, plain):
+        torch.manual_seed(0)
+        results.append(output(net))
+    assert torch.equal(*results) and not torch.equal(results[0], expected)
+
+
 def test_one_encoder_of_two_is_swapped() -> None:
     pair = nn.ModuleList([model(), model(seed=1)])
     _hook(pair[1])

@@ -38,6 +38,10 @@ def make_batch(config, dtype: torch.dtype = torch.float64, seed: int = 0):
     return image, ids, mask
 
 
+SWAPS = {"encoder": vlmo_kernels.swap, "block": lambda model: vlmo_kernels.swap(model.transformer.blocks)}
+depths = pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
+
+
 def run(model, name: str, batch) -> dict[str, torch.Tensor]:
     image, ids, mask = batch
     arguments = {"infer": (image, ids, mask), "infer_text": (ids, mask), "infer_image": (image,)}
@@ -57,11 +61,12 @@ def outputs_and_grads(model, name: str, batch) -> dict[str, torch.Tensor]:
     return {k: v.detach() for k, v in features.items()} | {f"d {k}": v for k, v in grads.items()}
 
 
+@depths
 @pytest.mark.parametrize("name", PASSES)
-def test_every_pass_and_gradient_in_fp64(name):
+def test_every_pass_and_gradient_in_fp64(name, swap):
     plain = make_model()
     swapped = copy.deepcopy(plain)
-    vlmo_kernels.swap(swapped)
+    swap(swapped)
     batch = make_batch(plain.config)
     expected, actual = (outputs_and_grads(m, name, batch) for m in (plain, swapped))
     assert "d relative_position_bias_table" in expected
@@ -72,11 +77,12 @@ def test_every_pass_and_gradient_in_fp64(name):
 
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_forward_is_as_close_as_eager(name, dtype):
+@depths
+def test_forward_is_as_close_as_eager(name, dtype, swap):
     wide, narrow = make_model(), make_model().to(dtype)
     wide.load_state_dict(narrow.state_dict())
     swapped = copy.deepcopy(narrow)
-    vlmo_kernels.swap(swapped)
+    swap(swapped)
     batch = make_batch(wide.config, dtype)
     exact = run(wide, name, (batch[0].double(), *batch[1:]))
     eager, actual = (run(m, name, batch) for m in (narrow, swapped))
@@ -95,18 +101,21 @@ def test_an_expert_without_tokens_gets_zeros():
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
-def test_padded_outputs_are_zero():
+@depths
+def test_padded_outputs_are_zero(swap):
     model = make_model()
-    vlmo_kernels.swap(model)
-    block, config = model.transformer.blocks[0], model.config
+    swap(model)
+    config = model.config
     x = torch.randn(2, config.max_text_len, config.dim, dtype=torch.float64)
     mask = torch.tensor([[1] * config.max_text_len, [1, 1] + [0] * (config.max_text_len - 2)])
-    assert torch.equal(block(x, mask, "text")[1, 2:], torch.zeros_like(x[1, 2:]))
+    out = model.transformer(x, mask, "text", [None] * config.depth, 0, 1)
+    assert torch.equal(out[1, 2:], torch.zeros_like(x[1, 2:]))
 
 
-def test_plan_is_built_once_per_batch(monkeypatch):
+@pytest.mark.parametrize(("depth", "plans"), [("encoder", 1), ("block", 2)])
+def test_plan_is_built_once_per_batch(monkeypatch, depth, plans):
     model = make_model()
-    vlmo_kernels.swap(model)
+    SWAPS[depth](model)
     built = []
     original = vlmo_kernels.ModalityLayout.from_split.__func__
     counting = classmethod(lambda cls, *a, **k: built.append(a) or original(cls, *a, **k))
@@ -116,8 +125,8 @@ def test_plan_is_built_once_per_batch(monkeypatch):
         model.infer(image, ids, mask)
         first = len(built)
         model.infer(image, ids, mask)
-    # Lower layers split text from image, top layers do not: two plans. Every call makes its own joint mask.
-    assert first == 2 and len(built) == 4
+    # Block by block: lower layers split text from image, top layers do not. Every call makes its own joint mask.
+    assert first == plans and len(built) == 2 * plans
 
 
 def test_an_edited_mask_plans_anew():
@@ -130,26 +139,31 @@ def test_an_edited_mask_plans_anew():
     assert block(x, mask, "text")[0, 5].abs().sum() == 0
 
 
-def test_state_dict_report_and_undo():
+@pytest.mark.parametrize("depth", SWAPS)
+def test_state_dict_report_and_undo(depth):
     plain = make_model()
     model = copy.deepcopy(plain)
     parameters = list(model.parameters())
-    report = vlmo_kernels.swap(model)
-    assert list(report.replaced) == [f"transformer.blocks.{i}" for i in range(plain.config.depth)]
-    assert not report.left and "block depth" in str(report)
+    report = SWAPS[depth](model)
+    paths = {"encoder": ["transformer"], "block": [str(i) for i in range(plain.config.depth)]}
+    assert list(report.replaced) == paths[depth]
+    assert not report.left and f"{depth} depth" in str(report)
     assert list(model.state_dict()) == list(plain.state_dict())
     model.load_state_dict(plain.state_dict())
     plain.load_state_dict(model.state_dict())
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert isinstance(model.transformer.blocks[0], type(plain.transformer.blocks[0]))
     report.undo()
+    assert type(model.transformer) is type(plain.transformer)
     assert type(model.transformer.blocks[0]) is type(plain.transformer.blocks[0])
 
 
 def test_other_instances_are_not_touched():
     one, other = make_model(), make_model()
     vlmo_kernels.swap(one)
-    assert type(other.transformer.blocks[0]).__name__ == "Block"
+    assert type(other.transformer).__name__ == "MultiwayTransformer"
+    vlmo_kernels.swap(one.transformer.blocks[0])
+    assert type(one.transformer.blocks[1]).__name__ == "Block"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +178,7 @@ def test_copies_stay_swapped(copy_model):
     model.to(torch.float32).to(torch.float64)  # what `.to` rounds, all of them round
     expected = run(model, "infer", batch)
     twin = copy_model(model)
-    assert type(twin.transformer.blocks[0]) is type(model.transformer.blocks[0])
+    assert type(twin.transformer) is type(model.transformer)
     for key, value in run(twin, "infer", batch).items():
         assert torch.equal(value, expected[key])
 
@@ -231,12 +245,14 @@ def test_changed_children_are_left_alone_and_named(change):
     change(model)
     report = vlmo_kernels.swap(model)
     assert "mlp_text.fc1" in report.left["transformer.blocks.1"]
+    assert "blocks.1: mlp_text.fc1" in report.left["transformer"]
     assert "transformer.blocks.1" not in report.replaced and len(report.replaced) == model.config.depth - 1
 
 
-def test_a_hook_added_after_the_swap_runs():
+@depths
+def test_a_hook_added_after_the_swap_runs(swap):
     model = make_model()
-    vlmo_kernels.swap(model)
+    swap(model)
     seen = []
     model.transformer.blocks[0].mlp_imag.fc1.register_forward_hook(lambda *a: seen.append(1))
     run(model, "infer", make_batch(model.config))
@@ -250,11 +266,36 @@ def test_nothing_to_swap():
         vlmo_kernels.swap(3)
 
 
-def test_swap_twice():
+@depths
+def test_swap_twice(swap):
     model = make_model()
-    vlmo_kernels.swap(model)
+    swap(model)
     with pytest.raises(ValueError, match="must not be swapped already"):
-        vlmo_kernels.swap(model)
+        swap(model)
+
+
+def test_a_hook_on_a_block_runs():
+    model = make_model()
+    model.transformer.blocks[1].register_forward_hook(lambda *a: seen.append(1))
+    seen = []
+    report = vlmo_kernels.swap(model)
+    assert "blocks.1 carries hooks" in report.left["transformer"] and len(report.replaced) == model.config.depth
+    run(model, "infer", make_batch(model.config))
+    assert len(seen) == 1
+
+
+@depths
+def test_a_model_with_swapped_parts_compiles_and_exports(swap):
+    model = make_model(torch.float32)
+    swap(model)
+    image, ids, mask = make_batch(model.config, torch.float32)
+    arguments = (image, ids, mask)
+    expected = model.infer(*arguments).cls_feats
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments).cls_feats, expected)
+    exported = torch.export.export(model, arguments).module()
+    assert torch.equal(exported(*arguments)[2], expected)
 
 
 def test_everything_left_alone_says_why():

@@ -106,3 +106,33 @@ def mome_block(
         norm(p.norm2, x), p.w1, p.b1, p.w2, p.b2, layout, p.map_for(p.w1), activation=p.activation,
         gamma=gamma2, residual=x, row_scale=row_scale2, recompute=recompute, impl=impl,
     )  # fmt: skip
+
+
+def calls(
+    x: torch.Tensor,
+    params: MoMEBlockParams,
+    layout: ModalityLayout,
+    *,
+    bias: torch.Tensor | RelativePositionBias | None = None,
+    causal: bool = False,
+    prefix: torch.Tensor | None = None,
+    row_scale1: torch.Tensor | None = None,
+    row_scale2: torch.Tensor | None = None,
+    recompute: str = "activation",
+    impl: str = "auto",
+) -> list[tuple[str, tuple, dict]]:
+    """The ops of a block with arguments of the right kind, for `explain`; results stand in as empty buffers."""
+    p = params
+    qkv = x.new_empty(x.shape[0], 3, p.heads, x.shape[1] // p.heads)
+    norm = {"kind": p.norm_kind, "eps": p.eps, "impl": impl}
+    return [
+        ("routed_norm", (x, *p.norm1, layout, p.map_for(p.norm1[0])), norm),
+        ("routed_linear", (x, *p.qkv, layout, p.map_for(p.qkv[0])), {"impl": impl}),
+        ("shared_attention", (qkv, None, None, layout),
+         {"bias": bias, "causal": causal, "prefix": prefix, "impl": impl}),
+        ("routed_linear", (x, *p.proj, layout, p.map_for(p.proj[0])), 
+         {"residual": x, "row_scale": row_scale1, "impl": impl}),
+        ("routed_norm", (x, *p.norm2, layout, p.map_for(p.norm2[0])), norm),
+        ("routed_ffn", (x, p.w1, p.b1, p.w2, p.b2, layout, p.map_for(p.w1)),
+         {"activation": p.activation, "residual": x, "row_scale": row_scale2, "recompute": recompute, "impl": impl}),
+    ]  # fmt: skip

@@ -22,17 +22,20 @@ class Explanation:
 
     Attributes:
         op: name of the op.
-        chosen: the implementation that runs, or None if none can.
+        chosen: the implementation that runs, or None if none can; "mixed" where the parts of an op differ.
         rejected: implementation to the reason why it does not run.
+        parts: for an op made of others (`mome_block`), what runs for each.
     """
 
     op: str
     chosen: str | None
     rejected: dict[str, str] = field(default_factory=dict)
+    parts: tuple[Explanation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen or 'no implementation can run'}"]
-        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected.items()])
+        lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
+        return "\n".join(lines + ["  " + line for part in self.parts for line in str(part).splitlines()])
 
 
 class _Explained(Exception):
@@ -152,6 +155,12 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     ops = importlib.import_module("vlmo_kernels.ops")
     if op not in ops.__all__:
         raise ValueError(f"explain: `op` must be one of {', '.join(ops.__all__)}, got {op!r}")
+    if op == "mome_block":
+        calls = importlib.import_module("vlmo_kernels.ops.mome_block").calls(*args, **kwargs)
+        parts = tuple(explain(name, *a, **k) for name, a, k in calls)
+        chosen = {part.chosen for part in parts}
+        agreed = chosen.pop() if len(chosen) == 1 else None if None in chosen else "mixed"
+        return Explanation(op, agreed, parts=parts)
     token = _explaining.set(True)
     try:
         getattr(ops, op)(*args, **kwargs)

@@ -14,9 +14,10 @@ def swap(model: nn.Module) -> SwapReport:
     """Let the kernels compute every block of a known family in `model`.
 
     Recognised by structure and parameter names, never by import: VLMo blocks (the official classes and
-    `vlmo`), and torchscale's BEiT-3 encoder. Parameters are shared, the state dict does not change, other
-    instances of the same classes are not touched. Call the model as before, with its own masks and padding;
-    padding is not computed, and padded outputs are zero.
+    `vlmo`), `vlmo`'s encoder loop, and torchscale's BEiT-3 encoder. The deepest part that is safe is taken:
+    where one block of an encoder has to be left alone, the others are replaced one by one. Parameters are
+    shared, the state dict does not change, other instances of the same classes are not touched. Call the
+    model as before, with its own masks and padding; padding is not computed, and padded outputs are zero.
 
     Args:
         model: any module; changed in place.
@@ -38,23 +39,24 @@ def swap(model: nn.Module) -> SwapReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: `model` must be a torch.nn.Module, got {type(model).__name__}")
     report = SwapReport()
-    inside: list[str] = []  # paths whose inside belongs to a replaced encoder
+    inside: list[str] = []  # paths whose inside belongs to a replaced part
     swapped_before = False
     for path, module in model.named_modules():
         if any(path == p or path.startswith(p + ".") for p in inside):
             continue
         if instance.is_swapped(module):
             swapped_before = True
+            inside.append(path)
             continue
-        for family in (vlmo, beit3):
-            if not family.recognises(module):
+        for recognises, adapter, what in (*vlmo.ADAPTERS, *beit3.ADAPTERS):
+            if not recognises(module):
                 continue
-            why = family.ADAPTER.check(module)
+            why = adapter.check(module)
             if why:
                 report.left[path] = why
             else:
-                instance.apply(module, family.ADAPTER)
-                report.replaced[path] = family.WHAT
+                instance.apply(module, adapter)
+                report.replaced[path] = what
                 report._modules.append(module)
                 inside.append(path)
     if report.replaced:

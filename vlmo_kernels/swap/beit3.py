@@ -13,10 +13,7 @@ from . import beit3_check
 from .batch_plan import split_layout
 from .instance import Swapped, walk
 
-WHAT = "BEiT-3 encoder, encoder depth: packs once, unpacks once"
 _MODALITIES = ("image", "text")  # torchscale's experts A and B, in this order in every sample
-
-recognises = beit3_check.recognises
 
 
 class SwappedBEiT3Encoder(Swapped):
@@ -82,7 +79,13 @@ class SwappedBEiT3Encoder(Swapped):
         }
 
 
-ADAPTER = SwappedBEiT3Encoder
+ADAPTERS = (
+    (
+        beit3_check.recognises,
+        SwappedBEiT3Encoder,
+        "BEiT-3 encoder, encoder depth: packs once, unpacks once",
+    ),
+)
 
 
 def _set_split_position(encoder: nn.Module, position: int) -> None:

@@ -72,14 +72,14 @@ def plain(owner: nn.Module, path: str, kind: type) -> str | None:
 
 
 def untouched(root: nn.Module, name: str) -> str | None:
-    """Hooks, patched forwards and dropout anywhere inside: the kernels call none of these modules."""
+    """Hooks, patched forwards and active dropout anywhere inside: the kernels call none of these modules."""
     for path, module in walk(root, name):
         if has_hooks(module):
             return f"{path} carries hooks, which the kernels would not run"
         if "forward" in vars(module):
             return f"{path} has a patched forward (activation checkpointing or offloading?)"
-        if isinstance(module, nn.Dropout) and module.p > 0.0:
-            return f"{path} has dropout {module.p}, which the kernels do not apply"
+        if isinstance(module, nn.Dropout) and module.p > 0.0 and module.training:
+            return f"{path} has dropout {module.p} in training, which the kernels do not apply"
     return None
 
 

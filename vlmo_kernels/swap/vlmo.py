@@ -1,6 +1,8 @@
-"""VLMo blocks (Bao et al. 2022): the official class, `vlmo`'s own, or any with the same parts."""
+"""VLMo (Bao et al. 2022): its blocks, the official class or any with the same parts, and encoders made of them."""
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 from torch import nn
@@ -10,20 +12,31 @@ from vlmo_kernels.modules.drop_path import drop_path_scale, sample_drop_path_sca
 from vlmo_kernels.ops import routed_ffn, routed_linear, routed_norm, shared_attention
 
 from .batch_plan import split_layout
-from .instance import Swapped, child_at, plain, untouched
+from .instance import Swapped, child_at, has_hooks, plain, untouched
 
-WHAT = "VLMo block, block depth: packs and unpacks around itself"
 _MODALITIES = ("text", "image")
 _NORMS = {"text": "norm2_text", "image": "norm2_imag", "vl": "norm2_vl"}
 _MLPS = {"text": "mlp_text", "image": "mlp_imag", "vl": "mlp_vl"}
+_ENCODER_ARGUMENTS = ("self", "x", "mask", "modality_type", "relative_position_biases", "start", "stop")
 
 
-def recognises(module: nn.Module) -> bool:
+def _is_block(module: nn.Module) -> bool:
     """Whether a module has the parts of a VLMo block, under their names."""
     return all(
         isinstance(getattr(module, name, None), nn.Module)
         for name in ("norm1", "attn", "norm2_text", "norm2_imag", "mlp_text", "mlp_imag")
     ) and hasattr(getattr(module.attn, "qkv", None), "weight")
+
+
+def _is_encoder(module: nn.Module) -> bool:
+    """Whether a module runs its `blocks`, all VLMo blocks, through one forward with the arguments of `vlmo`'s."""
+    blocks = getattr(module, "blocks", None)
+    return (
+        isinstance(blocks, nn.ModuleList)
+        and len(blocks) > 0
+        and all(_is_block(block) for block in blocks)
+        and tuple(inspect.signature(type(module).forward).parameters) == _ENCODER_ARGUMENTS
+    )
 
 
 class SwappedVLMoBlock(Swapped):
@@ -45,16 +58,51 @@ class SwappedVLMoBlock(Swapped):
         if torch.is_tensor(mask) and mask.dim() != 2 or self.check(self) is not None:
             # Something changed since the swap (a hook, an adapter, ...): the original does what it asks for.
             return self.original_forward(x, mask, modality_type, relative_position_bias)
-        batch, length, _ = x.shape
-        layout = split_layout(
-            batch, length, _text_tokens(self, modality_type, length), mask, x.device, _MODALITIES
-        )
-        return layout.unpack(
-            _block(self, layout.pack_padded(x), layout, modality_type, relative_position_bias)
-        )
+        layout = _layout([self], x, mask, modality_type)
+        return layout.unpack(_block(self, layout.pack_padded(x), layout, modality_type, relative_position_bias))
 
 
-ADAPTER = SwappedVLMoBlock
+class SwappedVLMoEncoder(Swapped):
+    """The block loop of a VLMo encoder: packs once, stays packed through the blocks, unpacks once.
+
+    forward(x `[B, N, D]`, mask `[B, N]` or None, modality_type "text" | "image" | "vl", one bias `[H, N, N]` or
+    None a layer, first block, end) to `[B, N, D]`, zero where the mask is false. Text precedes the image.
+    """
+
+    @staticmethod
+    def check(encoder: nn.Module) -> str | None:
+        for i, block in enumerate(encoder.blocks):
+            if has_hooks(block) or "forward" in vars(block):
+                return f"blocks.{i} carries hooks or a patched forward, which a packed loop would not run"
+            why = "its class is not a block's" if not _is_block(block) else SwappedVLMoBlock.check(block)
+            if why:
+                return f"blocks.{i}: {why}"
+        return None
+
+    def forward(self, x, mask, modality_type, relative_position_biases, start, stop):
+        blocks = self.blocks[start:stop]
+        if len(blocks) == 0 or torch.is_tensor(mask) and mask.dim() != 2 or self.check(self) is not None:
+            return self.original_forward(x, mask, modality_type, relative_position_biases, start, stop)
+        layout = _layout(blocks, x, mask, modality_type)
+        x = layout.pack_padded(x)
+        for block, bias in zip(blocks, relative_position_biases[start:stop], strict=True):
+            x = _block(block, x, layout, modality_type, bias)
+        return layout.unpack(x)
+
+
+# What is recognised, the class it gets, and the words of the report; the deeper one first.
+ADAPTERS = (
+    (_is_encoder, SwappedVLMoEncoder, "VLMo encoder, encoder depth: packs once, unpacks once"),
+    (_is_block, SwappedVLMoBlock, "VLMo block, block depth: packs and unpacks around itself"),
+)
+
+
+def _layout(blocks, x: torch.Tensor, mask: torch.Tensor | None, modality_type: str | None) -> ModalityLayout:
+    batch, length, _ = x.shape
+    # The block that wants a split, if any does: a 'vl' expert takes the whole sequence.
+    block = next((b for b in blocks if getattr(b, "mlp_vl", None) is None), blocks[0])
+    split = _text_tokens(block, modality_type, length)
+    return split_layout(batch, length, split, mask, x.device, _MODALITIES)
 
 
 def _text_tokens(block: nn.Module, modality_type: str | None, length: int) -> int:
