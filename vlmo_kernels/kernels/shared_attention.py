@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from ..runtime.audit_case import AuditCase
+from ..tuning import tables
 from .attention_bwd import (
     attention_dbias_kernel,
     attention_dkdv_kernel,
@@ -123,7 +124,7 @@ def forward(
         return o, lse
     q, k, v = (_rows_contiguous(t) for t in (q, k, v))
     bias = None if bias is None else _rows_contiguous(bias)
-    config = config_for("fwd", **_picked_by(q, seqs, bias))
+    config = _config("fwd", q, seqs, bias, causal)
     tiles, tiles_per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
     align, strides = _strides(q, k, v)
     with torch.cuda.device_of(q):
@@ -170,8 +171,7 @@ def backward(
     constants = _constants(q, k, bias, align, causal, prefix)
     tables = (seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix))
     factors = (scale, _score_scale(scale, q, bias), batch, tokens)
-    pick = _picked_by(q, seqs, bias)
-    short = config_for("short", **pick) if k.shape[1] == heads else None
+    short = _config("short", q, seqs, bias, causal) if k.shape[1] == heads else None
     dbias = None
     with torch.cuda.device_of(q):
         if short is not None:
@@ -183,7 +183,7 @@ def backward(
                 **_launch(short),
             )  # fmt: skip
         else:
-            config = config_for("dq", **pick)
+            config = _config("dq", q, seqs, bias, causal)
             tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
             attention_dq_kernel[(tiles * heads,)](
                 q, k, v, o, do, lse, delta, *grads, *tables, *factors, per_sample,
@@ -193,7 +193,7 @@ def backward(
                 **constants,
                 **_launch(config),
             )  # fmt: skip
-            config = config_for("dkdv", **pick)
+            config = _config("dkdv", q, seqs, bias, causal)
             tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_n)
             attention_dkdv_kernel[(tiles * k.shape[1],)](
                 q, k, v, do, lse, delta, *grads[1:], *tables, *factors, per_sample,
@@ -219,7 +219,7 @@ def _bias_gradient(q, k, v, do, lse, delta, seqs, bias, causal, prefix, scale) -
         return dbias
     inverse = torch.full((batch, length), -1, dtype=torch.int32, device=q.device)
     row_of_position_kernel[(batch,)](inverse, seqs.cu_seqlens, seqs.rows, seqs.positions, length, BLOCK=256)
-    config = config_for("dbias", **_picked_by(q, seqs, bias))
+    config = _config("dbias", q, seqs, bias, causal)
     align, strides = _strides(q, k, v)
     tiles = triton.cdiv(length, config.block_m) * triton.cdiv(length, config.block_n)
     attention_dbias_kernel[(tiles * heads,)](
@@ -231,12 +231,33 @@ def _bias_gradient(q, k, v, do, lse, delta, seqs, bias, causal, prefix, scale) -
     return dbias
 
 
-def _picked_by(q: torch.Tensor, seqs, bias: Optional) -> dict:
+def problem(
+    kernel: str, dtype: torch.dtype, max_seqlen: int, head_dim: int, bias: bool, causal: bool
+) -> tables.Problem:
+    """One of the kernels of `config_for` in the tables: sizes max_seqlen and head_dim, in the order of `Config`."""
+    masks = " bias" * bias + " causal" * causal
+    return tables.Problem(f"attention {kernel}{masks}", dtype, (max_seqlen, head_dim))
+
+
+def problems(call: dict[str, Any], dtype: torch.dtype) -> list[tables.Problem]:
+    """The launches of a call of the public op that the tables know, forward and backward."""
+    q, length, bias = call["q"], call["layout"].max_seqlen, call["bias"] is not None
+    kernels = [name for name in _KERNELS if bias or name != "dbias"]
+    return [problem(name, dtype, length, q.shape[-1], bias, call["causal"]) for name in kernels]
+
+
+def _config(kernel: str, q: torch.Tensor, seqs, bias: Optional, causal: bool) -> Config | None:
+    """The measured configuration, else that of the heuristics. None ("long" in a table): the kernel is not taken."""
+    sizes = dict(head_dim=q.shape[-1], max_seqlen=seqs.max_seqlen, bias=bias is not None)
+    choice = tables.find(problem(kernel, q.dtype, causal=causal, **sizes), q.device)
+    if choice is not None:
+        if choice.config == tables.LONG:
+            return None
+        config = Config(*choice.config)
+        if kernel != "short" or seqs.max_seqlen <= config.block_m:
+            return config
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    return dict(
-        itemsize=q.element_size(), head_dim=q.shape[-1], max_seqlen=seqs.max_seqlen,
-        bias=bias is not None, hopper=hopper,
-    )  # fmt: skip
+    return config_for(kernel, q.element_size(), hopper=hopper, **sizes)
 
 
 def _unit_stride(t: torch.Tensor) -> bool:
