@@ -25,7 +25,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Another torch means another stamp, so `make test TORCH=...` is never served by the old one.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
 
-.PHONY: help venv demo test test-slow test-all lint bench audit gpu gpu-correctness gpu-bench clean
+.PHONY: help venv demo test test-slow test-all lint bench audit gpu clean
 
 help:
 	@echo "make demo      swap the kernels into VLMo-Base: check, time, table and chart in out/demo/"
@@ -34,7 +34,7 @@ help:
 	@echo "make lint      ruff alone"
 	@echo "make bench     block, ffn and attention benchmarks into out/bench/"
 	@echo "make audit     what the compiler makes of every Triton kernel; needs no GPU"
-	@echo "make gpu       on a GPU machine: correctness, then benchmarks into benchmarks/results/"
+	@echo "make gpu       on a GPU machine: correctness, tune, bench, peers (each also alone: make gpu-tune)"
 	@echo "make clean     remove .venv, out/ and build products"
 	@echo "DEVICE=cuda make demo    on the GPU, with the torch of the current Python"
 
@@ -108,20 +108,15 @@ audit: $(STAMP)
 	$(VENV)/bin/vlmo-kernels audit
 
 # On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing.
-# Stages, so that each can be run alone: make gpu-correctness, make gpu-bench.
-GPU := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON)
-GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
+# Each stage ends within ten minutes: make gpu-correctness, gpu-tune, gpu-bench, gpu-peers, or all of them in order.
+GPU_STAGES := gpu-correctness gpu-tune gpu-bench gpu-peers
 
-gpu: gpu-correctness gpu-bench
+.PHONY: $(GPU_STAGES)
+gpu:
+	for stage in $(GPU_STAGES); do $(MAKE) $$stage; done
 
-gpu-correctness:
-	$(GPU) -m pytest -q -m gpu tests/gpu --durations=5
-
-gpu-bench:
-	@mkdir -p benchmarks/results/$(GPU_NAME)
-	for suite in block ffn attention; do \
-	  $(GPU) -c 'import pathlib, sys; from vlmo_kernels.bench.run import run; sys.exit(run(sys.argv[1], "cuda", pathlib.Path(sys.argv[2])))' \
-	    $$suite benchmarks/results/$(GPU_NAME)/$$suite.json; done
+$(GPU_STAGES):
+	$(DEVICE_PYTHON) benchmarks/gpu.py $(@:gpu-%=%)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache

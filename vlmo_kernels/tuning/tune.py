@@ -10,12 +10,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmo_kernels.bench import environment
+from vlmo_kernels.bench.baselines import attend_published
 from vlmo_kernels.bench.display import milliseconds, table
 from vlmo_kernels.bench.error import judge
 from vlmo_kernels.bench.harness import interleave
@@ -61,16 +63,20 @@ class Job:
     Attributes:
         problem: as the tables know it.
         run: the call, whose outputs are compared.
-        exact: the same in fp64.
+        plain: the same by eager torch in a dtype: in fp64 what is right, in the launch's what may be erred.
         candidates: what is raced against the heuristics.
         without: further kernels and their forced routes, so that `run` reaches this one.
+        flops: of the products.
+        product: torch's products of the same shape and nothing else, where there are any.
     """
 
     problem: tables.Problem
     run: Callable[[], tuple[torch.Tensor, ...]]
-    exact: Callable[[], tuple[torch.Tensor, ...]]
+    plain: Callable[[torch.dtype], tuple[torch.Tensor, ...]]
     candidates: tuple[Any, ...]
     without: dict[str, Any]
+    flops: float
+    product: Callable[[], object] | None = None
 
 
 def run(
@@ -125,9 +131,7 @@ def key_of(problem: tables.Problem) -> tuple[str, str, tuple[int, ...]]:
 def settle(job: Job, device: str, deadline: float) -> tuple[dict[str, Any] | None, str]:
     """Gate and race one launch's candidates; the entry for the table, and what was left out."""
     name = job.problem.kernel
-    exact = job.exact()
-    with tables.forced(job.without):
-        measure = job.run()
+    exact, eager = job.plain(torch.float64), job.plain(job.problem.dtype)
     racing: dict[Any, dict[str, Any]] = {None: job.without}
     wrong = failed = late = 0
     for candidate in job.candidates:
@@ -141,8 +145,7 @@ def settle(job: Job, device: str, deadline: float) -> tuple[dict[str, Any] | Non
         except Exception:  # a tile that this GPU has no room for, or that the compiler refuses
             failed += 1
             continue
-        # Right is what errs no more, by the rule, than the heuristics' configuration, which the tests prove.
-        if all(judge(f, e, m).ok for f, e, m in zip(found, exact, measure, strict=True)):
+        if all(judge(f, e, m).ok for f, e, m in zip(found, exact, eager, strict=True)):
             racing[candidate] = choices
         else:
             wrong += 1
@@ -225,9 +228,15 @@ def _gemm_jobs(layout: ModalityLayout, draw, hidden: int, dim: int, device: str)
     weight_tiles = ((32, 16, 32, 4, 2),) if small else WEIGHT
     ends = route.ranges()
 
-    def by_expert(function, *operands):
-        """fp64 `function(expert, rows of each operand)` over all rows."""
-        return torch.cat([function(e, *(t[a:b].double() for t in operands)) for a, b, e in ends])
+    def by_expert(function, operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`function(expert, its rows)` over all rows."""
+        return torch.cat([function(e, operand[a:b].to(dtype)) for a, b, e in ends])
+
+    def flops(n: int, k: int) -> float:
+        return 2.0 * route.live_rows() * n * k
+
+    def products(left: torch.Tensor, right: list[torch.Tensor]) -> Callable[[], object]:
+        return lambda: [left[a:b] @ right[e] for a, b, e in ends]
 
     def weights(n: int, k: int) -> list[torch.Tensor]:
         return [draw(n, k, scale=k**-0.5) for _ in range(2)]
@@ -237,26 +246,28 @@ def _gemm_jobs(layout: ModalityLayout, draw, hidden: int, dim: int, device: str)
         gamma, residual = ([draw(n)] * 2, draw(rows, n)) if last else (None, None)
         options = dict(gamma=gamma, residual=residual) if last else dict(activation="gelu", save=True)
 
-        def exact():
-            z = by_expert(lambda e, rows: torch.addmm(b[e].double(), rows, w[e].double().T), x)
-            return (residual.double() + gamma[0].double() * z,) if last else (torch.nn.functional.gelu(z), z)
+        def plain(d):
+            z = by_expert(lambda e, rows: torch.addmm(b[e].to(d), rows, w[e].to(d).T), x, d)
+            return (residual.to(d) + gamma[0].to(d) * z,) if last else (torch.nn.functional.gelu(z), z)
 
         def call():
             return tuple(t for t in gemm.gemm(x, w, b, route, **options) if t is not None)
 
-        return Job(gemm.problem(x.dtype, rows, n, k, False), call, exact, (*tiles, tables.CUBLAS), {})
+        candidates, bare = (*tiles, tables.CUBLAS), products(x, [t.T for t in w])
+        return Job(gemm.problem(x.dtype, rows, n, k, False), call, plain, candidates, {}, flops(n, k), bare)
 
     def gated(n: int, k: int) -> Job:
         x, w, up = draw(rows, k), weights(n, k), weights(n, k)
 
-        def exact():
-            gate, other = (by_expert(lambda e, rows, w=w: rows @ w[e].double().T, x) for w in (w, up))
+        def plain(d):
+            gate, other = (by_expert(lambda e, rows, w=w: rows @ w[e].to(d).T, x, d) for w in (w, up))
             return (torch.nn.functional.silu(gate) * other,)
 
         def call():
             return gemm.gemm(x, w, [None] * 2, route, activation="silu", up_weights=up)[:1]
 
-        return Job(gemm.problem(x.dtype, rows, n, k, True), call, exact, (*gated_tiles, tables.CUBLAS), {})
+        candidates, bare = (*gated_tiles, tables.CUBLAS), products(x, [torch.cat(pair).T for pair in zip(w, up)])
+        return Job(gemm.problem(x.dtype, rows, n, k, True), call, plain, candidates, {}, flops(2 * n, k), bare)
 
     def input_grad(n: int, k: int, activation: str, is_gated: bool = False) -> Job:
         dy, w = draw(rows, k), [draw(k, n, scale=k**-0.5) for _ in range(2)]
@@ -265,35 +276,40 @@ def _gemm_jobs(layout: ModalityLayout, draw, hidden: int, dim: int, device: str)
         function = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}.get(activation)
         save = dict(activation=activation, pre=pre, up=up, save_hidden=True) if function else {}
 
-        def exact():
-            d = by_expert(lambda e, rows: rows @ w[e].double(), dy)
+        def plain(d):
+            product = by_expert(lambda e, rows: rows @ w[e].to(d), dy, d)
             if function is None:
-                return (d,)
-            z = pre.double().requires_grad_()
-            u = up.double().requires_grad_() if is_gated else None
+                return (product,)
+            z = pre.detach().to(d).requires_grad_()
+            u = up.detach().to(d).requires_grad_() if is_gated else None
             h = function(z) * u if is_gated else function(z)
-            return (*torch.autograd.grad(h, [z, u] if is_gated else [z], d), h.detach())
+            return (*torch.autograd.grad(h, [z, u] if is_gated else [z], product), h.detach())
 
         def call():
             found = gemm_grad.input_grad(dy, w, route, **save)
             return tuple(t for t in found[:3] if t is not None)
 
         problem = gemm_grad.input_problem(dy.dtype, rows, n, k, function is not None, is_gated)
-        return Job(problem, call, exact, (*(gated_tiles if is_gated else tiles), tables.CUBLAS), {})
+        candidates = (*(gated_tiles if is_gated else tiles), tables.CUBLAS)
+        return Job(problem, call, plain, candidates, {}, flops(n, k), products(dy, w))
 
     def weight_grad(n: int, k: int, summed: bool) -> Job:
         dy, x, w = draw(rows, n, scale=rows**-0.5), draw(rows, k), weights(n, k)
         gamma = [draw(n)] * 2 if summed else None
 
-        def exact():
-            products = [sum(dy[a:b].double().T @ x[a:b].double() for a, b, e in ends if e == i) for i in range(2)]
-            return tuple(gamma[0].double()[:, None] * u for u in products) if summed else tuple(products)
+        def plain(d):
+            products = [dy[a:b].to(d).T @ x[a:b].to(d) for a, b, _ in ends]
+            return tuple(gamma[0].to(d)[:, None] * u for u in products) if summed else tuple(products)
 
         def call():
             return tuple(gemm_grad.weight_grad(dy, x, w, route, [True] * 2, gamma=gamma)[0])
 
-        more = () if summed else (tables.CUBLAS,)
-        return Job(gemm_grad.weight_problem(dy.dtype, rows, n, k, summed), call, exact, (*weight_tiles, *more), {})
+        def bare():
+            return [dy[a:b].T @ x[a:b] for a, b, _ in ends]
+
+        problem = gemm_grad.weight_problem(dy.dtype, rows, n, k, summed)
+        candidates = weight_tiles if summed else (*weight_tiles, tables.CUBLAS)
+        return Job(problem, call, plain, candidates, {}, flops(n, k), bare)
 
     return [
         forward(hidden, dim, False), forward(dim, hidden, True), forward(dim, dim, True),
@@ -305,35 +321,45 @@ def _gemm_jobs(layout: ModalityLayout, draw, hidden: int, dim: int, device: str)
 
 def _attention_jobs(layout: ModalityLayout, draw, heads: int, head_dim: int, device: str) -> list[Job]:
     from vlmo_kernels.kernels import shared_attention
-    from vlmo_kernels.reference import shared_attention as reference
 
     seqs, scale = layout.sequences(), head_dim**-0.5
     q, k, v, do = (draw(layout.tokens, heads, head_dim) for _ in range(4))
     table = draw(heads, layout.max_seqlen, layout.max_seqlen).float()
     candidates = SMALL if device == "cpu" else ATTENTION
 
+    order, samples = seqs.rows.long(), (layout.batch, -1, heads, head_dim)
+    where = layout.positions[order[: layout.max_seqlen]].long()  # all samples are alike
+
+    def plain(kernel: str, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        split = (t[order].view(samples).transpose(1, 2) for t in leaves)
+        wide = torch.promote_types(dtype, torch.float32)
+        # a bias of zeros where there is none: published attention adds one always
+        added = torch.zeros_like(table, dtype=wide) if bias is None else bias.detach().to(wide).requires_grad_()
+        mask = torch.ones(layout.batch, layout.max_seqlen, dtype=torch.bool, device=device)
+        o = attend_published(*split, mask, added[:, where[:, None], where], scale)
+        packed = torch.empty_like(leaves[0]).index_copy(0, order, o.transpose(1, 2).reshape(-1, heads, head_dim))
+        if kernel == "fwd":
+            return (packed.detach(),)
+        return torch.autograd.grad(packed, leaves + [added] * (kernel == "dbias"), do.to(dtype))
+
     def make(kernel: str, bias: torch.Tensor | None) -> Job:
-        wide = None if bias is None else bias.double()
+        o, lse = shared_attention.forward(q, k, v, seqs, bias, False, None, scale)
+        outs = tuple(torch.empty_like(t) for t in (q, k, v))
 
-        def calls(module, dtype: torch.dtype, b):
-            operands = [t.to(dtype) for t in (q, k, v)]
-            o, lse = module.forward(*operands, seqs, b, False, None, scale)
+        def call():
             if kernel == "fwd":
-                return lambda: module.forward(*operands, seqs, b, False, None, scale)[:1]
-            outs = tuple(torch.empty_like(t) for t in operands)
-
-            def backward():
-                dbias = module.backward(
-                    do.to(dtype), *operands, o, lse, seqs, b, False, None, scale, kernel == "dbias", outs
-                )
-                return tuple(t.clone() for t in outs) + (() if dbias is None else (dbias,))
-
-            return backward
+                return shared_attention.forward(q, k, v, seqs, bias, False, None, scale)[:1]
+            masks = (bias, False, None, scale, kernel == "dbias")
+            dbias = shared_attention.backward(do, q, k, v, o, lse, seqs, *masks, outs)
+            return outs if dbias is None else (*outs, dbias)
 
         problem = shared_attention.problem(kernel, q.dtype, seqs.max_seqlen, head_dim, bias is not None, False)
         masks = " bias" * (bias is not None)
         without = {f"attention short{masks}": tables.LONG} if kernel in ("dq", "dkdv") else {}
-        exact = calls(reference, torch.float64, wide)
-        return Job(problem, calls(shared_attention, q.dtype, bias), exact, candidates[kernel], without)
+        pairs = float((layout.cu_seqlens.diff().double() ** 2).sum())
+        # the whole forward or backward: the kernels of a backward are not timed apart
+        flops = 4 * heads * head_dim * pairs * (1 if kernel == "fwd" else 2.5)
+        return Job(problem, call, partial(plain, kernel, bias), candidates[kernel], without, flops)
 
     return [make(kernel, bias) for bias in (table, None) for kernel in candidates if kernel != "dbias" or bias is table]
