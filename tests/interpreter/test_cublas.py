@@ -80,7 +80,7 @@ def test_a_measured_tile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_measured_attention_route() -> None:
     """A table may send short samples to the two kernels ("long"); a tile that is too short is not taken."""
     q, seqs = torch.empty(4, 2, 16), Sequences(*[torch.empty(0)] * 3, max_seqlen=60)
-    heuristic = shared_attention.config_for("short", 4, 16, 60, bias=False, hopper=True)
+    heuristic = shared_attention.config_for("short", 4, 16, 60, bias=False, arch=90)
     for measured, taken in (("long", None), ((64, 16, 4, 1), (64, 16, 4, 1)), ((32, 16, 4, 1), heuristic)):
         with tables.forced({"attention short": measured}):
             assert shared_attention._config("short", q, seqs, None, False) == taken
