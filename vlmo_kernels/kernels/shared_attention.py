@@ -71,7 +71,7 @@ _UNALIGNED = {
     True: {"dkdv": {64: (64, 64, 8, 2)}, "short": {64: (256, 16, 8, 2)}},
     False: {"dq": {64: (128, 16, 8, 2)}, "dkdv": {64: (32, 64, 8, 1)}, "dbias": {64: (64, 32, 8, 1)}},
 }
-_FP32_OTHER = _FP32 | {"dq": {**_FP32["dq"], 256: (16, 16, 8, 1)}}
+_FP32_OTHER = _FP32 | {"dq": {**_FP32["dq"], 256: (16, 16, 8, 1)}}  # 32 x 32 needs 132 KiB
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -81,7 +81,7 @@ def padded_head_dim(head_dim: int) -> int:
 def _entry(kernel: str, itemsize: int, head_dim: int, arch: int) -> tuple[int, ...] | None:
     family = arch // 10
     if itemsize == 4:
-        table = _FP32 if family in (9, 10) else _FP32_OTHER
+        table = _FP32 if family in (9, 10) or arch == 80 else _FP32_OTHER
     else:
         table = {9: _HOPPER, 10: _BLACKWELL}.get(family, _OTHER)
     bucket = max(padded_head_dim(head_dim), 64)
