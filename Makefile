@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-all | lint | bench | clean
+# make demo | test | test-slow | test-all | lint | bench | compiled | wheel | clean
 #
 # TORCH=...         the torch to install into .venv (default: the CPU set of constraints.txt)
 # TORCH_INDEX=...   an extra package index to find it on, for instance PyTorch's index of CPU wheels
@@ -24,21 +24,24 @@ PIP   := $(PY) -m pip --disable-pip-version-check -qq
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Another torch means another stamp, so `make test TORCH=...` is never served by the old one.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
+COMPILED := $(VENV)/.stamp-compiled
 
-.PHONY: help venv demo test test-slow test-all lint bench audit gpu clean
+.PHONY: help venv compiled wheel demo test test-slow test-all lint bench audit gpu clean
 
 help:
 	@echo "make demo      swap the kernels into VLMo-Base: check, time, table and chart in out/demo/"
 	@echo "make test      lint and the fast tests"
 	@echo "make test-all  make test, then the slow tests and the wheel check (make test-slow)"
 	@echo "make lint      ruff alone"
+	@echo "make compiled  build the compiled parts (csrc/README.md); make venv does it too where g++ is found"
+	@echo "make wheel     a wheel with the compiled parts, in dist/"
 	@echo "make bench     block, ffn and attention benchmarks into out/bench/"
 	@echo "make audit     what the compiler makes of every Triton kernel; needs no GPU"
 	@echo "make gpu       on a GPU machine: correctness, tune, bench, peers (each also alone: make gpu-tune)"
 	@echo "make clean     remove .venv, out/ and build products"
 	@echo "DEVICE=cuda make demo    on the GPU, with the torch of the current Python"
 
-venv: $(STAMP)
+venv: $(STAMP) $(COMPILED)
 
 # torch goes first and is then held at exactly what was installed: no later step can replace it.
 # The Triton of constraints.txt is for a torch that brings none (a CPU build).
@@ -61,14 +64,30 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PY) -c 'import importlib.metadata as m; print("triton==" + m.version("triton"))' 2>/dev/null \
 	  >> $(VENV)/constraints.txt || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
 	@echo "[3/3] tools for demo and tests, vlmo_kernels itself, and what the tests compare with"
-	@$(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,demo,test]'
+	@VLMO_KERNELS_COMPILED=0 $(PIP) install $(INDEX) --no-build-isolation -c $(VENV)/constraints.txt -e '.[triton,vlmo,test]'
 	@# What the tests compare with. Without --no-deps these replace torch (fairscale, torchscale) or pin it (xformers).
 	@$(PIP) install $(INDEX) --no-build-isolation --no-deps torchscale==0.3.0 fairscale==0.4.0 xformers==0.0.35
 	@touch $@
 
+# The compiled parts; fails with the reason where something is missing. ninja builds what has changed, nothing else.
+BUILD := $(PY) -W ignore setup.py -q build_ext --inplace
+compiled: $(STAMP)
+	$(BUILD)
+
+# The same for the other targets, which go on without them.
+$(COMPILED): $(STAMP) setup.py $(wildcard csrc/*/* csrc/include/*/*)
+	@$(BUILD) || echo "make: going on without the compiled parts, on slower paths; 'make compiled' tries again" >&2
+	@touch $@
+
+# What an installation without a compiler needs: the wheel with every compiled part that can be built here.
+wheel: $(STAMP)
+	@rm -rf build/lib*  # what setuptools left there of earlier builds would go into the wheel
+	VLMO_KERNELS_COMPILED=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@ls -1 dist/*.whl
+
 ifeq ($(DEVICE),cpu)
 RUN := $(VENV)/bin/vlmo-kernels
-READY := $(STAMP)
+READY := $(STAMP) $(COMPILED)
 else
 RUN := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON) -m vlmo_kernels.cli
 READY := device-python
@@ -86,10 +105,10 @@ demo: $(READY)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
-test: lint
+test: lint $(COMPILED)
 	$(PY) -m pytest -q -m "not slow and not gpu" --durations=5
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(COMPILED)
 	$(PY) -m pytest -q -m "slow and not gpu" --durations=5 || { rc=$$?; \
 	  [ $$rc -eq 5 ] && echo "test-slow: no test is marked slow"; }
 	PYTHON=$(PY) tests/check_wheel.sh
@@ -107,7 +126,8 @@ bench: $(READY)
 audit: $(STAMP)
 	$(VENV)/bin/vlmo-kernels audit
 
-# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing.
+# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing. With
+# ninja and nvcc there too the device planner is built and tested.
 # Each stage ends within ten minutes: make gpu-correctness, gpu-tune, gpu-bench, gpu-peers, or all of them in order.
 GPU_STAGES := gpu-correctness gpu-tune gpu-bench gpu-peers
 
@@ -116,8 +136,10 @@ gpu:
 	for stage in $(GPU_STAGES); do $(MAKE) $$stage; done
 
 $(GPU_STAGES):
+	$(if $(findstring correctness,$@),-$(DEVICE_PYTHON) -W ignore setup.py -q build_ext --inplace)
 	$(DEVICE_PYTHON) benchmarks/gpu.py $(@:gpu-%=%)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -f vlmo_kernels/lib/*.so
 	find vlmo_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

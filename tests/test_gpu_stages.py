@@ -90,7 +90,7 @@ def test_the_tune_stage_writes_a_table(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bodies_of_the_gpu_tests_pass_in_the_interpreter(tmp_path: Path) -> None:
     """All but those that need CUDA itself; of the op tests one of each kind."""
-    chosen = "not refuses and (test_training or test_determinism or (as_close and bfloat16 and (routed_norm-layer or "
+    chosen = "not refuses and (test_wrappers or test_determinism or (as_close and bfloat16 and (routed_norm-layer or "
     chosen += "routed_linear-plain or routed_ffn-swiglu or shared_attention-prefix_bias)))"
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu", "-k", chosen)
     found = passed(bare(tmp_path, *command, TRITON_INTERPRET="1", VLMO_TEST_DEVICE="cpu"))

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from .plan import as_ints, group_count, ids_of_runs, modality_names, plan
+from .host_plan import plan_columns, plan_runs
+from .plan import as_list, group_count, ids_of_runs, modality_names, plan
 from .rows import gather_rows
 from .runtime.check import checks_on_device
 from .runtime.route import Route
@@ -83,17 +84,20 @@ class ModalityLayout:
             raise ValueError(
                 "ModalityLayout.from_lengths: `lengths` must name at least one modality, got none"
             )
-        listed = {m: as_ints(m, n) for m, n in lengths.items()}
-        sizes = {len(n) for n in listed.values() if not isinstance(n, int)}
+        names = modality_names(tuple(lengths))
+        listed = {m: as_list(n) for m, n in lengths.items()}
+        sizes = {len(n) for n in listed.values() if isinstance(n, list)}
         if len(sizes) > 1:
-            given = {m: len(n) for m, n in listed.items() if not isinstance(n, int)}
+            given = {m: len(n) for m, n in listed.items() if isinstance(n, list)}
             raise ValueError(
                 f"ModalityLayout.from_lengths: every modality must have one length per sample, got {given}"
             )
         batch = sizes.pop() if sizes else 1
-        columns = {m: [n] * batch if isinstance(n, int) else n for m, n in listed.items()}
+        if (found := plan_columns(listed, batch, names, starts)) is not None:
+            return cls._from_host_tables(found, batch, names, device)
+        columns = {m: n if isinstance(n, list) else [n] * batch for m, n in listed.items()}
         runs = [[(m, column[b]) for m, column in columns.items()] for b in range(batch)]
-        return cls.from_runs(runs, modalities=tuple(lengths), starts=starts, device=device)
+        return cls._from_host_ids(ids_of_runs(runs, names, starts), names, device)
 
     @classmethod
     def from_runs(
@@ -118,6 +122,8 @@ class ModalityLayout:
         """
         used = tuple(dict.fromkeys(m for sample in runs for m, _ in sample))
         names = modality_names(used if modalities is None else modalities)
+        if (found := plan_runs(runs, names, starts)) is not None:
+            return cls._from_host_tables(found, len(runs), names, device)
         return cls._from_host_ids(ids_of_runs(runs, names, starts), names, device)
 
     @classmethod
@@ -150,13 +156,14 @@ class ModalityLayout:
                     f"ModalityLayout.from_modality_ids: `mask` must match `ids` {list(ids.shape)} on {ids.device}, "
                     f"got {list(mask.shape)} on {mask.device}"
                 )
-            ids = torch.where(mask.bool(), ids, -1)
-        if checks_on_device(ids) and ids.numel() and int(ids.max()) >= len(modalities):
-            raise ValueError(
-                f"ModalityLayout.from_modality_ids: ids must be below {len(modalities)} (modalities "
-                f"{modalities}), got {int(ids.max())}"
-            )
-        return cls._from_tables(plan(ids, len(modalities)), ids.shape, modalities)
+        if checks_on_device(ids) and ids.numel():
+            largest = int((ids if mask is None else torch.where(mask.bool(), ids, -1)).max())
+            if largest >= len(modalities):
+                raise ValueError(
+                    f"ModalityLayout.from_modality_ids: ids must be below {len(modalities)} (modalities "
+                    f"{modalities}), got {largest}"
+                )
+        return cls._from_tables(plan(ids, mask, len(modalities)), ids.shape, modalities)
 
     @classmethod
     def from_split(
@@ -220,16 +227,13 @@ class ModalityLayout:
         """Exact capacity: dead rows are cut off, since the host knows how many there are."""
         if ids.numel() and int(ids.max()) >= len(names):
             raise ValueError(f"ModalityLayout: ids must be below {len(names)}, got {int(ids.max())}")
-        full = cls._from_tables(plan(ids, len(names)), ids.shape, names)
-        live = int(full.group_offsets[-1])
-        exact = replace(
-            full,
-            rows=full.rows[:live].clone(),
-            positions=full.positions[:live].clone(),
-            sample_of_row=full.sample_of_row[:live].clone(),
-            host_offsets=full.group_offsets,
-        )
-        return exact.to(device)
+        return cls._from_tables(plan(ids, None, len(names)), ids.shape, names).exact().to(device)
+
+    @classmethod
+    def _from_host_tables(cls, found, batch: int, names: tuple[str, ...], device) -> ModalityLayout:
+        length, tables = found
+        exact = cls._from_tables(tables, (batch, length), names)
+        return replace(exact, host_offsets=exact.group_offsets).to(device)
 
     @classmethod
     def _from_tables(cls, tables, shape, names: tuple[str, ...]) -> ModalityLayout:
@@ -408,6 +412,20 @@ class ModalityLayout:
         return Sequences(self.cu_seqlens, self.rows, self.positions, self.max_seqlen)
 
     # ------------------------------------------------------------------ life of a plan
+
+    def exact(self) -> ModalityLayout:
+        """The same plan without dead rows and with its lengths known on the host; waits for the device."""
+        if self.host_offsets is not None:
+            return self
+        known = self.group_offsets.cpu()
+        live = int(known[-1])
+        return replace(
+            self,
+            rows=self.rows[:live].clone(),
+            positions=self.positions[:live].clone(),
+            sample_of_row=self.sample_of_row[:live].clone(),
+            host_offsets=known,
+        )
 
     def to(self, device: torch.device | str) -> ModalityLayout:
         """The same plan with its tables on `device`; what the host knows stays on the host."""

@@ -1,6 +1,7 @@
-"""The plan of one batch, computed on the device from modality ids: plain torch, no host synchronisation.
+"""The plan of one batch, computed on the device from modality ids, without host synchronisation.
 
-The functions at the end read lengths on the host into modality ids.
+`plan_in_torch` is the specification and runs anywhere; where the compiled parts are built they compute the same tables
+in two launches. The functions at the end read lengths on the host into modality ids.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from .runtime import compiled
 from .runtime.library import define
 
-define("plan(Tensor ids, int modalities) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+define("plan(Tensor ids, Tensor? mask, int modalities) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+
+_MOST_COMPILED = 15  # modalities; kMaxModalities in csrc/include/vlmo_kernels/device_plan.h
 
 
 def group_count(modalities: int) -> int:
@@ -30,26 +34,30 @@ def group_of(modality: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     return 2 * modality + second.to(modality.dtype)
 
 
-def plan(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...]:
+def plan(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple[torch.Tensor, ...]:
     """Tables of a batch whose padded size is `B * N`; static shapes, rows past the last group are dead.
 
     A registered op (`vlmo_kernels::plan`), so a compiled model that plans in every block plans once.
 
     Args:
         ids: integer `[B, N]`, the modality of every token, -1 for padding.
+        mask: bool or 0/1 `[B, N]`, true for real tokens, or None.
         modalities: number of modalities.
 
     Returns:
         int32 `cu_seqlens [B + 1]`, `rows [B*N]`, `positions [B*N]`, `sample_of_row [B*N]`,
         `group_offsets [2 * modalities + 1]`, `row_of_token [B*N]` (-1 for padding).
     """
-    return torch.ops.vlmo_kernels.plan(ids, modalities)
+    return torch.ops.vlmo_kernels.plan(ids, mask, modalities)
 
 
-def plan_in_torch(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...]:
+def plan_in_torch(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple[torch.Tensor, ...]:
+    """See `plan`; two stable sorts and a few sums."""
     batch, length = ids.shape
     groups = group_count(modalities)
     ids = ids.long()
+    if mask is not None:
+        ids = torch.where(mask.bool(), ids, -1)
     ids = torch.where(ids < modalities, ids, -1)  # unknown ids, unchecked on a device, are padding
     token = torch.arange(batch * length, device=ids.device)
     present = torch.stack([(ids == m).any(1) for m in range(modalities)], 1)
@@ -80,13 +88,33 @@ def plan_in_torch(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...
     return tuple(table.to(torch.int32) for table in tables)
 
 
-def _plan_meta(ids: torch.Tensor, modalities: int) -> tuple[torch.Tensor, ...]:
+def _plan_compiled(ops, ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple[torch.Tensor, ...]:
+    """By the compiled planner where it is built and takes the arguments; the tables are the same."""
+    op = getattr(ops, "plan", None)
+    if op is None or modalities > _MOST_COMPILED or ids.numel() >= 2**31 - 1:
+        return plan_in_torch(ids, mask, modalities)
+    if ids.dtype not in (torch.int32, torch.int64):
+        ids = ids.long()
+    return op(ids, None if mask is None else mask.bool(), modalities)
+
+
+def _plan_on_cpu(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple[torch.Tensor, ...]:
+    return _plan_compiled(compiled.cpu_ops(), ids, mask, modalities)
+
+
+def _plan_on_cuda(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple[torch.Tensor, ...]:
+    return _plan_compiled(compiled.cuda_ops(), ids, mask, modalities)
+
+
+def _plan_meta(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple[torch.Tensor, ...]:
     batch, length = ids.shape
     sizes = (batch + 1, *(batch * length,) * 3, group_count(modalities) + 1, batch * length)
     return tuple(ids.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
 torch.library.impl("vlmo_kernels::plan", "CompositeExplicitAutograd")(plan_in_torch)
+torch.library.impl("vlmo_kernels::plan", "CPU")(_plan_on_cpu)
+torch.library.impl("vlmo_kernels::plan", "CUDA")(_plan_on_cuda)
 torch.library.register_fake("vlmo_kernels::plan")(_plan_meta)
 
 
@@ -102,13 +130,11 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def as_ints(modality: str, lengths) -> int | list[int]:
-    """A length, or a list of lengths, as Python integers that are not negative."""
+def as_list(lengths) -> object:
+    """Lengths as given by the user: a list, or what is hoped to be one integer for all samples."""
     if isinstance(lengths, torch.Tensor):
-        lengths = lengths.tolist()
-    single = not hasattr(lengths, "__iter__")
-    values = [_as_int(modality, n) for n in ([lengths] if single else lengths)]
-    return values[0] if single else values
+        return lengths.tolist()
+    return list(lengths) if hasattr(lengths, "__iter__") else lengths
 
 
 def _as_int(modality: str, n) -> int:
@@ -132,6 +158,10 @@ def ids_of_runs(runs, names: tuple[str, ...], starts: Mapping[str, int] | None) 
         raise ValueError(f"ModalityLayout: `starts` must not be negative, got {dict(starts)}")
     placed = [_placed_runs(b, sample, names, starts or {}) for b, sample in enumerate(runs)]
     length = max((end for sample in placed for _, _, end in sample), default=0)
+    if len(placed) * length >= 2**31 - 1:
+        raise ValueError(
+            f"ModalityLayout: samples times padded length must be below 2**31 - 1, got {len(placed)} x {length}"
+        )
     ids = torch.full((len(placed), length), -1, dtype=torch.int64)
     for b, sample in enumerate(placed):
         for modality, start, end in sample:

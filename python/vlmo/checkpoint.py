@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -60,7 +61,7 @@ def load_checkpoint(
             "load_checkpoint: the model must hold memory, its parameters are on the meta device. "
             "Hint: model.to_empty(device=...), then model.init_weights()."
         )
-    state = _read(path_or_dict)
+    state = read_state(path_or_dict)
     ignored = tuple(sorted(key for key in state if key in IGNORED))
     state = {key: value for key, value in state.items() if key not in IGNORED}
     converted = _convert(state, model)
@@ -97,8 +98,8 @@ def _some(names: tuple[str, ...] | list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _read(path_or_dict: str | os.PathLike[str] | Mapping[str, object]) -> dict[str, Tensor]:
-    """Load, unwrap and strip prefixes: a fresh dict of tensors."""
+def read_state(path_or_dict: str | os.PathLike[str] | Mapping[str, object]) -> dict[str, Tensor]:
+    """Load a checkpoint, unwrap it and strip prefixes: a fresh dict of tensors. See `load_checkpoint`."""
     if isinstance(path_or_dict, (str, os.PathLike)):
         content = _read_file(os.fspath(path_or_dict))
     else:
@@ -141,9 +142,13 @@ def _read_file(path: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        refused = re.search(r"(?:GLOBAL|global:|class|function) `?([\w]+\.[\w.]+)", str(error))
+        name = refused and refused[1]
+        what = f"it wants {name}" if name else str(error).splitlines()[0]
         raise ValueError(
-            f"load_checkpoint: a torch file must hold tensors and plain containers only, {path!r} does not: "
-            f"{error} Hint: if you trust the file, load it yourself and pass its dict of parameters."
+            f"load_checkpoint: a torch file must hold tensors and plain containers only, {path!r} does not: {what}. "
+            "Nothing of it was executed. Hint: if you trust whoever made it, convert it once in a process of its "
+            f"own: torch.save(torch.load({path!r}, map_location='cpu', weights_only=False)['state_dict'], 'new.pt')."
         ) from error
 
 

@@ -112,6 +112,18 @@ CONFIGS: dict[str, VLMoConfig] = {
         relative_position_bias=False,
     ),
     "large": VLMoConfig(dim=1024, depth=24, num_heads=16, vlffn_start=21),
+    # To be trained on a CPU in minutes, on generated pictures.
+    "small": VLMoConfig(
+        dim=128,
+        depth=6,
+        num_heads=4,
+        vlffn_start=4,
+        image_size=64,
+        patch_size=8,
+        max_text_len=20,
+        text_only_len=24,
+        drop_path=0.0,
+    ),
     # For tests: two layers of each kind, every dimension different from the others.
     "tiny": VLMoConfig(
         dim=32,
@@ -121,7 +133,7 @@ CONFIGS: dict[str, VLMoConfig] = {
         image_size=32,
         patch_size=8,
         max_text_len=6,
-        text_only_len=10,
+        text_only_len=24,
         vocab_size=101,
         drop_path=0.0,
     ),

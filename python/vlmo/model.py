@@ -146,18 +146,30 @@ class VLMo(nn.Module):
             return (None,) * self.config.depth
         return layer_position_biases(self.relative_position_bias_table, index, self.config.depth)
 
-    def embed_text(self, text_ids: Tensor) -> Tensor:
-        """Token ids [B, max_text_len] to the encoder's text input [B, max_text_len, dim]."""
-        return self.text_embeddings(text_ids) + self.token_type_embeddings(torch.zeros_like(text_ids))
+    def embed_text(self, text_ids: Tensor, dropout_scale: Tensor | None = None) -> Tensor:
+        """Token ids [B, max_text_len] to the encoder's text input [B, max_text_len, dim].
 
-    def embed_image(self, image: Tensor, image_token_type: int = 1) -> Tensor:
-        """Images to the encoder's image input [B, w*w + 1, dim]. Token type 2 is NLVR2's second image."""
+        dropout_scale: factors of that shape in place of the embeddings' own dropout.
+        """
+        return self.text_embeddings(text_ids, dropout_scale) + self.token_type_embeddings(torch.zeros_like(text_ids))
+
+    def embed_image(
+        self,
+        image: Tensor,
+        image_token_type: int = 1,
+        hide: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
+        """Images to the encoder's image input [B, w*w + 1, dim]. Token type 2 is NLVR2's second image.
+
+        hide: bool [B, w*w], patches whose embedding `mask_token` [dim] takes the place of.
+        """
         if not 1 <= image_token_type < self.config.num_token_types:
             raise ValueError(
                 f"VLMo: image_token_type must lie in 1..{self.config.num_token_types - 1}, "
                 f"got {image_token_type}. Hint: NLVR2 needs num_token_types=3."
             )
-        x = self.transformer.visual_embed(image)
+        x = self.transformer.visual_embed(image, hide, mask_token)
         types = torch.full(x.shape[:2], image_token_type, dtype=torch.int64, device=x.device)
         return x + self.token_type_embeddings(types)
 

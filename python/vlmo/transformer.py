@@ -1,17 +1,24 @@
-"""The mixture-of-modality-experts transformer of VLMo (paper section 3.2), in plain torch."""
+"""The mixture-of-modality-experts transformer of VLMo (paper section 3.2).
+
+In plain torch, padded; `Block.forward_packed` is the same layer on packed rows, by the kernels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmo_kernels import ModalityLayout, MoMEBlockParams, mome_block
+
 from .config import ATTENTION, VLMoConfig
 
 NORM_EPS = 1e-6
 BERT_NORM_EPS = 1e-12
+_NORMS = {"text": "norm2_text", "image": "norm2_imag", "vl": "norm2_vl"}
+_MLPS = {"text": "mlp_text", "image": "mlp_imag", "vl": "mlp_vl"}
 
 
 class DropPath(nn.Module):
@@ -164,6 +171,52 @@ class Block(nn.Module):
         image = self._ffn(x[:, self.max_text_len :], self.norm2_imag, self.mlp_imag)
         return torch.cat([text, image], dim=1)
 
+    def forward_packed(
+        self,
+        x: Tensor,
+        layout: ModalityLayout,
+        experts: Mapping[str, str],
+        relative_position_bias: Tensor | None = None,
+        attention_scale: Tensor | None = None,
+        ffn_scale: Tensor | None = None,
+        impl: str = "auto",
+    ) -> Tensor:
+        """The layer on packed rows of any mixture of samples, see `vlmo_kernels.mome_block`.
+
+        x: [T, dim], rows of `layout`. experts: modality or group of the layout to "text", "image" or "vl".
+        attention_scale, ffn_scale: fp32 [T], DropPath's factors of the two branches (this module's own
+        DropPath is not used). impl: "auto", "triton", "cpu" or "reference". Returns [T, dim].
+        """
+        attn = self.attn
+        names = tuple(dict.fromkeys(experts.values()))
+        norms = [getattr(self, _NORMS[name]) for name in names]
+        mlps = [getattr(self, _MLPS[name]) for name in names]
+        layer_scale = isinstance(self.gamma_1, Tensor)
+        params = MoMEBlockParams(
+            heads=attn.num_heads,
+            norm1=([self.norm1.weight], [self.norm1.bias]),
+            qkv=([attn.qkv.weight], [torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])]),
+            proj=([attn.proj.weight], [attn.proj.bias]),
+            norm2=([norm.weight for norm in norms], [norm.bias for norm in norms]),
+            w1=[mlp.fc1.weight for mlp in mlps],
+            b1=[mlp.fc1.bias for mlp in mlps],
+            w2=[mlp.fc2.weight for mlp in mlps],
+            b2=[mlp.fc2.bias for mlp in mlps],
+            gamma1=[self.gamma_1 if layer_scale else None],
+            gamma2=[self.gamma_2 if layer_scale else None],
+            experts={group: names.index(name) for group, name in experts.items()},
+            eps=NORM_EPS,
+        )
+        return mome_block(
+            x,
+            params,
+            layout,
+            bias=relative_position_bias,
+            row_scale1=attention_scale,
+            row_scale2=ffn_scale,
+            impl=impl,
+        )
+
     def _ffn(self, x: Tensor, norm: nn.LayerNorm, mlp: Mlp) -> Tensor:
         return x + self.drop_path(self.gamma_2 * mlp(norm(x)))
 
@@ -183,11 +236,13 @@ class TextEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.dim, eps=BERT_NORM_EPS)
         self.dropout = nn.Dropout(config.drop_path)
 
-    def forward(self, text_ids: Tensor) -> Tensor:
+    def forward(self, text_ids: Tensor, dropout_scale: Tensor | None = None) -> Tensor:
+        """dropout_scale: factors [B, L, dim] that take the place of this module's dropout."""
         x = self.word_embeddings(text_ids) + self.token_type_embeddings(torch.zeros_like(text_ids))
         if self.absolute_positions:
             x = x + self.position_embeddings(torch.arange(text_ids.shape[1], device=text_ids.device))
-        return self.dropout(self.LayerNorm(x))
+        x = self.LayerNorm(x)
+        return self.dropout(x) if dropout_scale is None else x * dropout_scale
 
 
 class PatchEmbed(nn.Module):
@@ -223,9 +278,16 @@ class MultiwayTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def visual_embed(self, image: Tensor) -> Tensor:
-        """[B, channels, S, S] to image tokens with [CLS] first, [B, w*w + 1, dim]."""
+    def visual_embed(
+        self, image: Tensor, hide: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """[B, channels, S, S] to image tokens with [CLS] first, [B, w*w + 1, dim].
+
+        hide: bool [B, w*w], patches whose embedding `mask_token` [dim] takes the place of (BEiT).
+        """
         patches = self.patch_embed(image)
+        if hide is not None:
+            patches = torch.where(hide[..., None], mask_token.to(patches.dtype), patches)
         x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 

@@ -1,90 +1,73 @@
-"""What training puts around a block: autocast, activation checkpointing, torch.compile, FSDP2."""
+"""vlmo's packed encoder on a GPU: as close to fp64 as the separate passes in eager torch, and it never waits."""
 
 from __future__ import annotations
 
-import copy
-
-import pytest
 import torch
-import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from tests.common.numerics import assert_close_as_eager
-from tests.gpu.device import DEVICE, gradients, make_block, make_layout, rows_for
-from vlmo_kernels.bench import block as suite
-from vlmo_kernels.bench.baselines import PaddedBlock, attend_published
-from vlmo_kernels.bench.cases import CASES, make_batch
+from vlmo import CONFIGS, VLMo
+from vlmo.packed import encode, make_plan
+
+CONFIG = CONFIGS["tiny"]
 
 
-def test_autocast() -> None:
-    """fp32 weights and residual stream, products in bf16; no further from fp64 than the padded eager block."""
-    case = CASES["smoke"]
-    batch, block = make_batch(case, DEVICE, torch.float32), suite._module(case, DEVICE, torch.float32)
-    for part in (block.norm1, block.attn, block.attn.qkv, block.attn.proj, block.norm2, block.ffn):
-        part.impl = "triton"
-    eager = PaddedBlock(block, case.text_length, attend_published)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        y = block(batch.x, batch.layout, batch.bias)
-        plain = batch.packed(eager(batch.padded(batch.x), batch.mask, batch.bias))
-    double = copy.deepcopy(eager).double()
-    exact = batch.packed(double(batch.padded(batch.x.double()), batch.mask, batch.bias.double()))
-    assert y.dtype == torch.float32
-    assert_close_as_eager(y, exact, plain.float(), "autocast")
-    y.sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in block.parameters())
+def model_on(device: str, dtype: torch.dtype) -> VLMo:
+    torch.manual_seed(0)
+    model = VLMo(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    return model.to(device, dtype)
 
 
-def test_activation_checkpointing() -> None:
-    block, layout = make_block(), make_layout()
-    x, dy = rows_for(layout).requires_grad_(), rows_for(layout, seed=2)
-    leaves = [x, *block.parameters()]
-
-    def checkpointed(x, layout):
-        return checkpoint(block, x, layout, use_reentrant=False)
-
-    for a, b in zip(gradients(block, leaves, layout, x, dy), gradients(checkpointed, leaves, layout, x, dy)):
-        assert torch.equal(a, b)
+def inputs(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    image = torch.randn(4, 3, CONFIG.image_size, CONFIG.image_size)
+    ids = torch.randint(1, CONFIG.vocab_size, (4, CONFIG.max_text_len))
+    mask = torch.arange(CONFIG.max_text_len) < torch.tensor([6, 2, 1, 4])[:, None]
+    return image.to(device, dtype), ids.to(device), mask.to(device)
 
 
-def test_compiled_block_equals_eager() -> None:
-    """Bit by bit, once Inductor rounds between fused operations as eager torch does (gradients are added up)."""
-    block, layout = make_block(), make_layout()
-    x, dy = rows_for(layout).requires_grad_(), rows_for(layout, seed=2)
-    leaves = [x, *block.parameters()]
-    with torch._inductor.config.patch(emulate_precision_casts=True):
-        found = gradients(torch.compile(block, fullgraph=True), leaves, layout, x, dy)
-    for a, b in zip(gradients(block, leaves, layout, x, dy), found, strict=True):
-        assert torch.equal(a, b)
+def separate(device: str, dtype: torch.dtype) -> torch.Tensor:
+    model, (image, ids, mask) = model_on(device, dtype), inputs(device, dtype)
+    text, visual, pair = model.infer_text(ids, mask), model.infer_image(image), model.infer(image, ids, mask)
+    features = (text.itc_feats, text.itc_vl_feats, visual.itc_feats, visual.itc_vl_feats, pair.cls_feats)
+    return torch.cat(features)
 
 
-def test_fsdp2_on_one_process() -> None:
-    """Three steps of SGD on sharded parameters are those of the plain block, bit by bit."""
-    from torch.distributed.fsdp import fully_shard
+def packed(model: VLMo, image: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    each = torch.arange(4, device=ids.device)
+    plan = make_plan(
+        CONFIG, mask.repeat(2, 1), pairs=4, images=4, copies=True,
+        text_of=each.repeat(2), image_of=each.repeat(2), num_texts=4,
+    )  # fmt: skip
+    x = encode(model, plan, model.embed_text(ids), model.embed_image(image))
 
-    layout = make_layout()
-    x, dy = rows_for(layout), rows_for(layout, seed=2)
-    plain, sharded = make_block(), make_block()
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    def at(rows: torch.Tensor) -> torch.Tensor:
+        return model.transformer.norm(x[rows])
+
+    return torch.cat(
+        [
+            model.itc_text_proj(at(plan.text_cls())),
+            model.itc_vl_text_proj(at(plan.text_vl_cls())),
+            model.itc_image_proj(at(plan.image_cls())),
+            model.itc_vl_image_proj(at(plan.image_vl_cls())),
+            model.pooler(at(plan.pair_cls())[:, None]),
+        ]
+    )
+
+
+def test_one_pass_is_the_separate_passes() -> None:
+    ours = packed(model_on("cuda", torch.float32), *inputs("cuda", torch.float32))
+    assert_close_as_eager(ours, separate("cpu", torch.float64), separate("cuda", torch.float32))
+
+
+def test_planning_and_a_step_do_not_wait_for_the_device() -> None:
+    model, given = model_on("cuda", torch.float32), inputs("cuda", torch.float32)
+    packed(model, *given).sum().backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        mesh = dist.init_device_mesh(DEVICE, (1,))
-        fully_shard(sharded, mesh=mesh)
-        for block in (plain, sharded):
-            optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
-            for _ in range(3):
-                optimizer.zero_grad()
-                block(x, layout).backward(dy)
-                optimizer.step()
-        for a, b in zip(plain.parameters(), sharded.parameters(), strict=True):
-            assert torch.equal(a, b.full_tensor())
+        packed(model, *given).sum().backward()
     finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("recompute", ["activation", "full"])
-def test_a_small_block_is_clean(recompute: str) -> None:
-    """One step, short enough for compute-sanitizer."""
-    block, layout = make_block(), make_layout(samples=3)
-    block.ffn.recompute = recompute
-    x = rows_for(layout).requires_grad_()
-    block(x, layout).sum().backward()
-    assert x.grad.isfinite().all()
+        torch.cuda.set_sync_debug_mode("default")

@@ -29,7 +29,8 @@ ALLOWED = {
     "swap": {"torch", "modules", "ops", "layout", "runtime"},
     "runtime": {"torch", "ops|lazy", "kernels|lazy", "triton|lazy", "tuning.tables|lazy"},
     "tuning": {"torch", "layout", "reference|lazy", "runtime", "bench", "kernels|lazy", "triton|lazy"},
-    "layout": {"torch", "plan", "rows", "runtime"},
+    "layout": {"torch", "plan", "host_plan", "rows", "runtime"},
+    "host_plan": {"torch", "runtime"},
     "plan": {"torch", "runtime"},
     "rows": {"torch", "runtime", "kernels|lazy"},
 }
@@ -164,7 +165,7 @@ MASKS = (
     "bool causal, float scale"
 )
 SCHEMAS = {
-    "plan": "(Tensor ids, int modalities) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "plan": "(Tensor ids, Tensor? mask, int modalities) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "gather_rows": "(Tensor x, Tensor index, Tensor inverse) -> Tensor",
     "routed_linear": (
         f"(Tensor x, Tensor[] weights, int[] at, Tensor? residual, Tensor? row_scale, {ROUTE}, str impl) -> Tensor"

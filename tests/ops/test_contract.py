@@ -92,7 +92,7 @@ def test_opcheck_through_aot_autograd(name: str) -> None:
 @pytest.mark.parametrize("name", ["no_tokens", "mixed_kinds", "alternating"])
 def test_opcheck_of_plan_and_gather(name: str) -> None:
     layout = CASES[name].layout(static=True)
-    torch.library.opcheck(torch.ops.vlmo_kernels.plan.default, (CASES[name].ids(), 2))
+    torch.library.opcheck(torch.ops.vlmo_kernels.plan.default, (CASES[name].ids(), None, 2))
     tables = layout.token_of_row(), layout.row_of_token
     for make in MAKERS.values():
         x = make(torch.randn(CASES[name].ids().numel(), 3)).requires_grad_()

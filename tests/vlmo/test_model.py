@@ -507,7 +507,7 @@ def test_calls_say_what_must_hold() -> None:
         ({"dim": 33}, ValueError),
         ({"image_size": 33}, ValueError),
         ({"vlffn_start": 5}, ValueError),
-        ({"max_text_len": 11}, ValueError),
+        ({"max_text_len": 25}, ValueError),
         ({"drop_path": 1.0}, ValueError),
         ({"heads": "mlm"}, TypeError),
         ({"heads": ("vqa",)}, ValueError),

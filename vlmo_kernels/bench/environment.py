@@ -134,6 +134,15 @@ def _compiler() -> str:
     return path or "none found; torch.compile on the CPU needs one"
 
 
+def _compiled_parts() -> list[tuple[str, str]]:
+    from vlmo_kernels.runtime import compiled
+
+    try:
+        return compiled.report()
+    except Exception as error:  # a report that stops halfway helps nobody
+        return [("compiled parts", f"could not be told ({type(error).__name__}: {error})")]
+
+
 def report() -> list[tuple[str, str]]:
     """(what, value) lines of `vlmo-kernels info`."""
     lines = [("python", _line(platform.python_version)), ("platform", _line(platform.platform))]
@@ -148,6 +157,7 @@ def report() -> list[tuple[str, str]]:
         ("F.linear", _line(gemm_library)),
         ("threads", _line(torch.get_num_threads)),
         ("C++ compiler", _line(_compiler)),
+        *_compiled_parts(),
         ("GPU", _line(_gpus)),
         ("CUDA of torch", _line(lambda: torch.version.cuda or "none, a CPU build")),
     ]

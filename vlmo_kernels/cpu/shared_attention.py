@@ -1,4 +1,4 @@
-"""CPU `shared_attention`: torch's flash attention, sample by sample, no padding."""
+"""CPU `shared_attention`: compiled flash attention over the row table, or torch's, sample by sample. No padding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmo_kernels.reference import shared_attention as reference
+from vlmo_kernels.runtime import compiled
 from vlmo_kernels.runtime.sequences import Sequences
 
 Optional = torch.Tensor | None
@@ -15,9 +16,22 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def why_not(request) -> str | None:
     """Why this path cannot take a call, or None."""
-    if request.dtype not in DTYPES:
-        return f"torch's CPU flash attention is used in fp32 and bf16, got {request.dtype}"
-    return None
+    if request.dtype in DTYPES or (request.dtype == torch.float16 and compiled.cpu_ops() is not None):
+        return None
+    if request.dtype == torch.float16:
+        return f"torch's CPU flash attention is used in fp32 and bf16, got {request.dtype}; compiled: {_missing()}"
+    return f"takes fp32, bf16 and fp16, got {request.dtype}"
+
+
+def how(request) -> str:
+    """What runs, for `explain`."""
+    if compiled.cpu_ops() is not None:
+        return f"compiled kernels ({compiled.instructions()})"
+    return f"torch's flash attention, sample by sample; compiled kernels: {_missing()}"
+
+
+def _missing() -> str | None:
+    return compiled.why_not("vlmo_kernels_cpu")
 
 
 def forward(
@@ -31,6 +45,8 @@ def forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `vlmo_kernels.reference.shared_attention.forward`."""
+    if compiled.cpu_ops() is not None:
+        return _compiled_forward(q, k, v, seqs, bias, causal, prefix, scale)
     order = _order(seqs)
     masks = _Masks.build(order, bias, causal, prefix, q.dtype)
     parts = _gather(order, q.shape[1], q, k, v)
@@ -68,9 +84,11 @@ def backward(
 ) -> Optional:
     """See `vlmo_kernels.reference.shared_attention.backward`.
 
-    Torch's kernel gives no bias gradient, so with `need_dbias` the score matrix of one sample at a time
-    is formed, as the reference does.
+    Torch's kernel gives no bias gradient, so without the compiled one and with `need_dbias` the score matrix of
+    one sample at a time is formed, as the reference does.
     """
+    if compiled.cpu_ops() is not None:
+        return _compiled_backward(do, q, k, v, o, lse, seqs, bias, causal, prefix, scale, need_dbias, out)
     if need_dbias:
         return reference.backward(do, q, k, v, o, lse, seqs, bias, causal, prefix, scale, True, out)
     order = _order(seqs)
@@ -93,6 +111,51 @@ def backward(
                 grad = grad.unflatten(0, (target.shape[1], -1)).sum(1, dtype=torch.float32).to(grad.dtype)
             target[order.rows[start:end]] = grad.transpose(0, 1)
     return None
+
+
+def _compiled_forward(q, k, v, seqs: Sequences, bias: Optional, causal: bool, prefix: Optional, scale: float):
+    o = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    live = int(seqs.cu_seqlens[-1])
+    o[live:] = 0
+    lse[:, live:] = 0
+    compiled.cpu_ops().attention_forward(
+        q, k, v, _bias(bias, q), prefix, seqs.cu_seqlens, seqs.rows, seqs.positions, causal, scale, o, lse
+    )
+    return o, lse
+
+
+def _compiled_backward(
+    do, q, k, v, o, lse, seqs: Sequences, bias: Optional, causal: bool, prefix: Optional, scale: float,
+    need_dbias: bool, out,
+) -> Optional:  # fmt: skip
+    ops = compiled.cpu_ops()
+    live = int(seqs.cu_seqlens[-1])
+    for t in out:
+        t[live:] = 0
+    parts = None
+    if need_dbias:  # sums over groups of samples, added up here in order
+        groups = ops.attention_dbias_groups(seqs.cu_seqlens.numel() - 1, k.shape[1])
+        parts = bias.new_empty(groups, *bias.shape, dtype=torch.float32)
+        if live == 0 or q.shape[2] == 0:
+            parts.zero_()
+    ops.attention_backward(
+        do, q, k, v, o.contiguous(), lse.contiguous(), _bias(bias, q), prefix, seqs.cu_seqlens, seqs.rows, seqs.positions, causal, scale,
+        *out, parts,
+    )  # fmt: skip
+    if parts is None:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total.to(bias.dtype)
+
+
+def _bias(bias: Optional, q: torch.Tensor) -> Optional:
+    """In a dtype the compiled kernels read: fp32, or that of `q`."""
+    if bias is None:
+        return None
+    return (bias if bias.dtype in (q.dtype, torch.float32) else bias.float()).contiguous()
 
 
 @dataclass(frozen=True)

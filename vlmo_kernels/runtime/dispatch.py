@@ -25,6 +25,7 @@ class Explanation:
         op: name of the op.
         chosen: the implementation that runs, or None if none can; "mixed" where the parts of an op differ.
         rejected: implementation to the reason why it does not run.
+        how: what the chosen implementation computes with, where it has a choice.
         parts: for an op made of others (`mome_block`), what runs for each.
         configurations: kernel launch to where its tile sizes come from: the heuristics or a measured table.
     """
@@ -32,12 +33,14 @@ class Explanation:
     op: str
     chosen: str | None
     rejected: dict[str, str] = field(default_factory=dict)
+    how: str | None = None
     parts: tuple[Explanation, ...] = ()
     configurations: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen or 'no implementation can run'}"]
         lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
+        lines += [f"  {self.chosen} runs {self.how}"] if self.how else []
         lines += [f"  configuration of {launch}: {source}" for launch, source in self.configurations.items()]
         return "\n".join(lines + ["  " + line for part in self.parts for line in str(part).splitlines()])
 
@@ -104,7 +107,7 @@ def _explanation(request: Request, impl: str) -> Explanation:
     if impl != "auto":
         why = _WHY_NOT[impl](request)
         rejected = {name: "another was asked for" for name in IMPLEMENTATIONS if name != impl}
-        return Explanation(request.op, None, {impl: why}) if why else Explanation(request.op, impl, rejected)
+        return Explanation(request.op, None, {impl: why}) if why else _chosen(request, impl, rejected)
     rejected: dict[str, str] = {}
     # The interpreter proves kernels; it is far too slow to be anybody's default.
     candidates = ("triton",) if request.device.type != "cpu" else ("cpu", "reference")
@@ -114,11 +117,16 @@ def _explanation(request: Request, impl: str) -> Explanation:
             if why is None:
                 later = IMPLEMENTATIONS[IMPLEMENTATIONS.index(name) + 1 :]
                 rejected |= {other: f"{name} comes first" for other in later}
-                return Explanation(request.op, name, rejected)
+                return _chosen(request, name, rejected)
             rejected[name] = why
         else:
             rejected[name] = _WHY_NOT[name](request) or f"never chosen by itself on {request.device.type}"
     return Explanation(request.op, None, rejected)
+
+
+def _chosen(request: Request, name: str, rejected: dict[str, str]) -> Explanation:
+    how = getattr(load(request.op, name), "how", None) if name == "cpu" else None
+    return Explanation(request.op, name, rejected, how(request) if how else None)
 
 
 def select(request: Request, impl: str) -> str:

@@ -25,7 +25,7 @@ def split_layout(
     """`ModalityLayout.from_split`, memoised in eager mode.
 
     Compiled code does not look at the memo (it would be compiled again for every batch): there the plan is
-    an op, and the compiler merges equal calls.
+    an op; in training graphs the compiler merges equal calls, in inference graphs every call stays.
 
     Args:
         batch, length: of the padded batch `[B, N]`.

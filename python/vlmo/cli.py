@@ -1,0 +1,117 @@
+"""`vlmo`: pretrain here, finetune, evaluate, embed and retrieve in `cli_tasks`. What they do lives in other modules."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ImportError:
+    typer = None
+
+
+class Stage(str, Enum):
+    vision = "vision"
+    language = "language"
+    vision_language = "vision-language"
+
+
+class Precision(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Strategy(str, Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the script."""
+    if typer is None:
+        print("vlmo: typer must be installed. Hint: pip install 'vlmo_kernels[cli]'", file=sys.stderr)
+        sys.exit(1)
+    try:
+        app(args=argv, prog_name="vlmo")
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if typer is not None:
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="VLMo: pre-training in three stages, retrieval and fine-tuning.",
+    )
+
+    @app.callback()
+    def _commands() -> None:
+        """VLMo: pre-training in three stages, retrieval and fine-tuning."""
+
+    @app.command()
+    def pretrain(
+        stage: Annotated[Stage, typer.Option(help="Which of the three; in this order.")],
+        out: Annotated[Path, typer.Option(help="Folder of the run: log, snapshots, model.")],
+        data: Annotated[
+            str, typer.Option(help="shapes:N, a folder, Parquet, Arrow, tar shards, a Karpathy json.")
+        ] = "shapes:20000",
+        config: Annotated[str, typer.Option(help="base, base_plus, large; on a CPU small, tiny.")] = "small",
+        start: Annotated[
+            Path | None, typer.Option("--from", help="Folder or file of the stage before, or a BEiT.")
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest snapshot in --out.")] = False,
+        vocab: Annotated[
+            Path | None, typer.Option(help="BERT vocab.txt; default: that of --from, else trained for shapes.")
+        ] = None,
+        image_size: Annotated[int, typer.Option(help="Pixels a side; default: the configuration's.")] = 0,
+        max_text_len: Annotated[int, typer.Option(help="Tokens of a text; default: the configuration's.")] = 0,
+        steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+        batch_size: Annotated[int, typer.Option(min=2, help="Samples of a batch over all processes.")] = 64,
+        accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
+        lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+        warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 0,
+        weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.01,
+        layer_decay: Annotated[float, typer.Option(help="Factor on the learning rate from layer to layer.")] = 1.0,
+        clip: Annotated[float, typer.Option(help="Largest gradient norm; 0: none.")] = 0.0,
+        drop_path: Annotated[float, typer.Option(help="Of the last layer; -1: the configuration's.")] = -1.0,
+        precision: Annotated[Precision, typer.Option(help="bf16 is autocast.")] = Precision.fp32,
+        recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing.")] = False,
+        compile: Annotated[bool, typer.Option("--compile", help="torch.compile of every block.")] = False,
+        strategy: Annotated[Strategy, typer.Option(help="Of several processes (torchrun).")] = Strategy.ddp,
+        impl: Annotated[str, typer.Option(help="auto, triton, cpu or reference.")] = "auto",
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+        seed: Annotated[int, typer.Option(help="Of initialisation, order, masks, negatives, DropPath.")] = 0,
+        save_every: Annotated[int, typer.Option(min=1, help="Steps between snapshots.")] = 500,
+        log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of the log.")] = 10,
+    ) -> None:
+        """Train one stage. With torchrun, on all its processes."""
+        from .pretrain import Run, run
+        from .train import Recipe
+
+        recipe = Recipe(
+            steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay, layer_decay=layer_decay, clip=clip,
+            accumulate=accumulate, precision=precision.value, recompute=recompute, compile=compile,
+            strategy=strategy.value, impl=impl, seed=seed, save_every=save_every, log_every=log_every,
+        )  # fmt: skip
+        run(
+            Run(
+                stage=stage.value, out=out, data=data, config=config, start=start, resume=resume, vocab=vocab,
+                image_size=image_size or None, max_text_len=max_text_len or None,
+                drop_path=None if drop_path < 0 else drop_path, batch_size=batch_size, device=device, workers=workers,
+            ),
+            recipe,
+        )  # fmt: skip
+
+    from .cli_tasks import add_commands
+
+    add_commands(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""The training loop of all three stages: one process, DDP or FSDP2, fp32 or bf16, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import VLMoConfig
+from .data import Batch
+from .distributed import gather, rank, world_size
+from .model import VLMo
+from .objectives import Inputs, Pretraining, prepare
+from .snapshots import load_snapshot, save_model, save_snapshot, write_atomically
+from .stages import StageReport, set_trainable, stage_config, start_from
+from .tokenizer import Tokenizer
+
+STRATEGIES = ("ddp", "fsdp")
+PRECISIONS = ("fp32", "bf16")
+
+
+class Data(Protocol):
+    """Endless batches of this process; `vlmo.data.Loader` is one."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, object]: ...
+
+    def load_state_dict(self, state: dict[str, object]) -> None: ...
+
+    @staticmethod
+    def merge_states(states: Iterable[dict[str, object]]) -> dict[str, object]: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained.
+
+    steps: optimizer steps. lr: the peak, reached after `warmup` steps and falling linearly to 0 at `steps`.
+    weight_decay: of matrices; norms, biases, embeddings of positions and types, and LayerScale have none.
+    layer_decay: learning rate of layer i is lr * layer_decay ** (layers above it). clip: largest gradient norm, 0
+    for none. accumulate: batches per step. precision: "fp32" or "bf16" (autocast; parameters stay fp32).
+    recompute: activation checkpointing. compile: torch.compile of every block. strategy: "ddp" or "fsdp", of
+    several processes. impl: see `vlmo_kernels`. save_every, log_every: in steps.
+    """
+
+    steps: int
+    lr: float = 2e-4
+    warmup: int = 0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    layer_decay: float = 1.0
+    clip: float = 0.0
+    accumulate: int = 1
+    precision: str = "fp32"
+    recompute: bool = False
+    compile: bool = False
+    strategy: str = "ddp"
+    impl: str = "auto"
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("strategy", STRATEGIES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Recipe: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.steps < 1 or self.accumulate < 1 or self.save_every < 1 or self.log_every < 1:
+            raise ValueError("Recipe: steps, accumulate, save_every and log_every must be at least 1.")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"Recipe: warmup must lie in 0..{self.steps - 1}, got {self.warmup}.")
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate of step 0, 1, ... over the peak."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return max(0.0, (self.steps - step) / (self.steps - self.warmup))
+
+
+def initialise_distributed(device: str) -> torch.device:
+    """Join the processes torchrun started, if any; returns the device of this process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device != "cuda":
+        return torch.device(device)
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(local)
+    return local
+
+
+class Trainer:
+    """One stage of one model. After `__init__` everything is on its device, wrapped and compiled.
+
+    Args:
+        model: with the configuration of `stage_config`; trained in place.
+        stage: one of `objectives.STAGES`.
+        recipe: how.
+        tokenizer: of the texts; None in the vision stage.
+        device: of this process.
+    """
+
+    def __init__(
+        self, model: VLMo, stage: str, recipe: Recipe, tokenizer: Tokenizer | None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.model, self.stage, self.recipe, self.tokenizer = model, stage, recipe, tokenizer
+        self.device = torch.device(device)
+        set_trainable(model, stage)
+        self.module = Pretraining(model, stage, recipe.recompute, recipe.impl).to(self.device).train()
+        self.alone: list[nn.Parameter] = []  # what FSDP does not handle
+        self.wrapped = self._wrap()
+        groups, self.lr_scales = parameter_groups(self.module, recipe, model.config.depth)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=1e-8, fused=True)
+        self.step = 0
+
+    def _wrap(self) -> nn.Module:
+        if self.recipe.compile:
+            for block in self.model.transformer.blocks:
+                block.forward_packed = torch.compile(block.forward_packed)
+        if world_size() == 1:
+            return self.module
+        if self.recipe.strategy == "ddp":
+            ids = None if self.device.type == "cpu" else [self.device]
+            return DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False)
+        # Scalars (the temperatures) cannot be sharded.
+        self.alone = [p for p in self.module.parameters() if p.ndim == 0]
+        for block in self.model.transformer.blocks:
+            fully_shard(block)
+            register_fsdp_forward_method(block, "forward_packed")
+        return fully_shard(self.module, ignored_params=set(self.alone))
+
+    # ------------------------------------------------------------------ one step
+
+    def run_step(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One optimizer step over `recipe.accumulate` batches of this process; losses, and "grad_norm"."""
+        totals: dict[str, Tensor] = {}
+        share = 1.0 / len(batches)
+        for i, batch in enumerate(batches):
+            inputs = prepare(
+                self.stage, batch, self.model.config, self.tokenizer, self.recipe.seed, self.step, self.device
+            )
+            with self._synchronised(i == len(batches) - 1):
+                losses = self._forward(inputs)
+                (losses["loss"] * share).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() * share
+        if world_size() > 1:
+            for parameter in self.alone:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= world_size()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = self.recipe.clip or math.inf
+        norm = clip_norm(parameters, limit)
+        factor = self.recipe.lr_factor(self.step)
+        for group, scale in zip(self.optimizer.param_groups, self.lr_scales, strict=True):
+            group["lr"] = self.recipe.lr * scale * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return totals | {"grad_norm": norm}
+
+    def _forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return self.wrapped(inputs)
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients cross processes in the last batch of a step only."""
+        if isinstance(self.wrapped, FSDPModule):
+            self.wrapped.set_requires_gradient_sync(last)
+        elif isinstance(self.wrapped, DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
+
+    # ------------------------------------------------------------------ a run
+
+    def fit(
+        self, data: Data, out: Path, resume: bool = False, progress: Callable[[dict[str, float]], None] | None = None
+    ) -> dict[str, float]:
+        """Train to `recipe.steps`; returns the last line of the log.
+
+        out: gets `log.jsonl`, `snapshots/`, and at the end `model.safetensors` and `config.json`. resume: go on
+        from the newest snapshot, if there is one. progress: called with every line of the log.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        log = out / "log.jsonl"
+        if resume:
+            extra = load_snapshot(out, self.module, self.optimizer)
+            if extra is not None:
+                self._check_same_run(extra)
+                self.step = extra["step"]
+                data.load_state_dict(extra["data"])
+        if rank() == 0:
+            kept = [line for line in _lines(log) if resume and json.loads(line)["step"] <= self.step]
+            write_atomically(log, "".join(line + "\n" for line in kept))
+        stream, line = iter(data), {}
+        started, since = time.perf_counter(), self.step
+        while self.step < self.recipe.steps:
+            batches = [next(stream) for _ in range(self.recipe.accumulate)]
+            losses = self.run_step(batches)
+            if self.step % self.recipe.log_every == 0 or self.step == self.recipe.steps:
+                line = {"step": self.step} | averaged(losses)
+                now = time.perf_counter()
+                line["lr"] = self.recipe.lr * self.recipe.lr_factor(self.step - 1)
+                line["seconds_per_step"] = (now - started) / (self.step - since)
+                started, since = now, self.step
+                if rank() == 0:
+                    with log.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                if not math.isfinite(line["loss"]):
+                    raise RuntimeError(
+                        f"train: the loss must be finite, it is {line['loss']} at step {self.step}. Hint: a smaller "
+                        "learning rate, a longer warm-up, or gradient clipping; snapshots from before are kept."
+                    )
+                if progress is not None:
+                    progress(line)
+            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
+                self.save(out, data)
+        save_model(out, self.module, self.model.config, self.stage)
+        return line
+
+    def save(self, out: Path, data: Data) -> None:
+        """A snapshot of now."""
+        states = [data.state_dict()]
+        if world_size() > 1:
+            states = [None] * world_size()
+            dist.all_gather_object(states, data.state_dict())
+        extra = {"stage": self.stage, "seed": self.recipe.seed, "data": data.merge_states(states)}
+        save_snapshot(out, self.step, self.module, self.optimizer, extra)
+
+    def _check_same_run(self, extra: dict[str, object]) -> None:
+        for name, value in (("stage", self.stage), ("seed", self.recipe.seed)):
+            if extra[name] != value:
+                raise ValueError(
+                    f"train: a run is resumed with its own {name}, {extra[name]!r} in the snapshot, got {value!r}. "
+                    "Hint: another folder for another run."
+                )
+
+
+def build_stage(
+    config: VLMoConfig, stage: str, start: str | os.PathLike[str] | None, seed: int
+) -> tuple[VLMo, StageReport | None]:
+    """A freshly initialised model of a stage, with the parameters of an earlier one if `start` names a file."""
+    torch.manual_seed(seed)
+    model = VLMo(stage_config(config, stage))
+    return model, None if start is None else start_from(model, start, stage)
+
+
+def parameter_groups(module: Pretraining, recipe: Recipe, depth: int) -> tuple[list[dict], list[float]]:
+    """AdamW's groups of what trains, and the learning rate of each over the recipe's."""
+    grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decay = recipe.weight_decay if decays(name, parameter) else 0.0
+            scale = recipe.layer_decay ** (depth + 1 - _layer(name, depth))
+            grouped.setdefault((decay, scale), []).append(parameter)
+    groups = [{"params": parameters, "weight_decay": decay} for (decay, _), parameters in grouped.items()]
+    return groups, [scale for _, scale in grouped]
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay pulls at a parameter: matrices and word embeddings."""
+    position = re.search(r"position|token_type|cls_token|pos_embed|mask_token", name)
+    return parameter.ndim >= 2 and position is None
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 for embeddings, 1..depth for blocks, depth + 1 for what comes after them."""
+    block = re.search(r"transformer\.blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    embedding = re.search(r"embeddings|patch_embed|cls_token|pos_embed|mask_token", name)
+    return 0 if embedding else depth + 1
+
+
+def clip_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients down to the norm `limit` over all processes; returns the norm before."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if math.isfinite(limit):
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(factor)
+    return norm
+
+
+def averaged(losses: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers, averaged over processes; waits for the device."""
+    names = list(losses)
+    values = gather(torch.stack([losses[name].float() for name in names])[None]).mean(0)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines; a killed run may have left a piece of one."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text.split("\n")[:-1]

@@ -1,0 +1,42 @@
+"""The gate before every timing: who is wrong is not timed."""
+
+from __future__ import annotations
+
+import torch
+
+from vlmo_kernels.bench.harness import Contestant, gate, measure
+
+SIZE = 4096
+EPS = torch.finfo(torch.float32).eps
+
+
+def contestants():
+    x = torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
+    exact = x.double().exp()
+
+    def made(name, function):
+        return Contestant(name, lambda: function(x))
+
+    return {"output": exact}, [
+        made("eager", torch.exp),
+        made("coarse", lambda t: t.exp() * (1 + 12 * EPS)),
+        made("mistaken", lambda t: t.exp() * 1.01),
+        made("ours", lambda t: t.exp() * (1 + 12 * EPS)),
+        made("broken", lambda t: t.reshape(0)),
+    ]
+
+
+def test_ours_keep_the_rule_peers_may_be_a_little_less_exact_and_nobody_may_be_wrong():
+    expected, racing = contestants()
+    found = {r.name: r for r in gate(racing, expected, "forward", "eager")}
+    assert not found["eager"].skipped and not found["coarse"].skipped
+    assert "less exact than eager" in found["coarse"].note
+    assert found["ours"].skipped.startswith("wrong") and found["mistaken"].skipped.startswith("wrong")
+    assert found["broken"].skipped.startswith("failed: RuntimeError")
+
+
+def test_every_round_runs_everybody_who_passed():
+    expected, racing = contestants()
+    found = gate(racing, expected, "forward", "eager")
+    measure(racing, found, "forward", "cpu", rounds=3)
+    assert {r.name: len(r.times_ms) for r in found} == {"eager": 3, "coarse": 3, "mistaken": 0, "ours": 0, "broken": 0}
