@@ -255,7 +255,10 @@ setup(
         *find_packages(where="python", include=["vlmo", "vlmo.*"]),
     ],
     package_dir={"vlmo": "python/vlmo"},
-    package_data={"vlmo_kernels.demo_data": ["captions.json", "photos/*.jpg"]},
+    package_data={
+        "vlmo_kernels.demo_data": ["captions.json", "photos/*.jpg"],
+        "vlmo_kernels.tuning": ["measured/*"],
+    },
     include_package_data=False,
     zip_safe=False,
     ext_modules=extensions(),
