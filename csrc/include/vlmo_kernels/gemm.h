@@ -21,11 +21,15 @@ struct Gemm<float> {
     static void open() {}
     static void close() {}
 
-    // m in steps of row_step, n of width, any k; `panel` is the number of elements from panel to panel.
+    // m in steps of row_step, n of width, any k; `panel` is the number of elements from panel to panel. Products are
+    // summed by 64 and these sums added up: one long sum would lose a digit more than a library's product does.
     static void run(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t panel,
                     float* c, int64_t ldc, bool add) {
         for (int64_t j = 0; j < n; j += width, b += panel)
-            for (int64_t i = 0; i < m; i += row_step) block(k, a + i * lda, lda, b, c + i * ldc + j, ldc, add);
+            for (int64_t p = 0; p < k || p == 0; p += 64)
+                for (int64_t i = 0; i < m; i += row_step)
+                    block(min_of<int64_t>(64, k - p), a + i * lda + p, lda, b + p * width, c + i * ldc + j, ldc,
+                          add || p > 0);
     }
 
   private:
@@ -34,8 +38,7 @@ struct Gemm<float> {
         vf left[row_step], right[row_step];
 #pragma GCC unroll 8
         for (int r = 0; r < row_step; r++) {
-            left[r] = add ? load(c + r * ldc) : vf{};
-            right[r] = add ? load(c + r * ldc + W) : vf{};
+            left[r] = right[r] = vf{};
         }
         for (int64_t p = 0; p < k; p++) {
             const vf b0 = load(b + p * width), b1 = load(b + p * width + W);
@@ -48,8 +51,8 @@ struct Gemm<float> {
         }
 #pragma GCC unroll 8
         for (int r = 0; r < row_step; r++) {
-            store(c + r * ldc, left[r]);
-            store(c + r * ldc + W, right[r]);
+            store(c + r * ldc, add ? load(c + r * ldc) + left[r] : left[r]);
+            store(c + r * ldc + W, add ? load(c + r * ldc + W) + right[r] : right[r]);
         }
     }
 };

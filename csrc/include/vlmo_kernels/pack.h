@@ -11,8 +11,15 @@ namespace VLMO_LEVEL {
 
 constexpr int BLOCK = 32;  // rows of a block, and what token counts and head dims are padded to
 
-static inline void copy_row(const float* from, int64_t n, float* to) { __builtin_memcpy(to, from, n * 4); }
-static inline void copy_row(const bf16* from, int64_t n, bf16* to) { __builtin_memcpy(to, from, n * 2); }
+template <class T>
+static inline void copy_same(const T* from, int64_t n, T* to) {
+    constexpr int step = 4 * W / sizeof(T);
+    int64_t i = 0;
+    for (; i + step <= n; i += step) __builtin_memcpy(to + i, from + i, 4 * W);
+    for (; i < n; i++) to[i] = from[i];
+}
+static inline void copy_row(const float* from, int64_t n, float* to) { copy_same(from, n, to); }
+static inline void copy_row(const bf16* from, int64_t n, bf16* to) { copy_same(from, n, to); }
 template <class T>
 static inline void copy_row(const T* from, int64_t n, float* to) {
     int64_t i = 0;
@@ -28,9 +35,9 @@ static inline void gather_block(const T* base, int64_t stride, const int32_t* ro
     for (int64_t i = 0; i < count; i++) {
         E* row = block + i * padded;
         copy_row(base + rows[i] * stride, dim, row);
-        __builtin_memset(row + dim, 0, (padded - dim) * sizeof(E));
+        if (dim < padded) __builtin_memset(row + dim, 0, (padded - dim) * sizeof(E));
     }
-    __builtin_memset(block + count * padded, 0, (BLOCK - count) * padded * sizeof(E));
+    if (count < BLOCK) __builtin_memset(block + count * padded, 0, (BLOCK - count) * padded * sizeof(E));
 }
 
 #if VLMO_AVX512

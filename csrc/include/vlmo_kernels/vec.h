@@ -148,19 +148,28 @@ static inline Mask less(vi a, int32_t b) { return a < b; }
 static inline vf select(Mask m, vf a, vf b) { return m ? a : b; }
 #endif
 
+// Halves are combined until one number is left: the same order everywhere.
 static inline float sum_of(vf v) {
+#if VLMO_AVX512
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total[W];
     __builtin_memcpy(total, &v, sizeof v);
     for (int half = W / 2; half; half /= 2)
         for (int i = 0; i < half; i++) total[i] += total[i + half];
     return total[0];
+#endif
 }
 static inline float max_of(vf v) {
+#if VLMO_AVX512
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float best[W];
     __builtin_memcpy(best, &v, sizeof v);
     for (int half = W / 2; half; half /= 2)
         for (int i = 0; i < half; i++) best[i] = max_of(best[i], best[i + half]);
     return best[0];
+#endif
 }
 
 // e^x for x <= 0 (and a little above), 0 below -87.3; NaN stays NaN. 2^f on [-1/2, 1/2] is a polynomial (least
@@ -169,7 +178,8 @@ template <bool precise>
 static inline vf exp_of(vf x) {
     vf t = x * 1.44269504088896341f;
 #if VLMO_AVX512
-    t = vmax(set1(-200.0f), t);  // in this order NaN goes through
+    // What underflows is masked off, because the processor would take 150 cycles to make a denormal of it.
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
     const vf n = (vf)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const Mask zero = t < -126.0f, bad = t != t;
@@ -193,7 +203,7 @@ static inline vf exp_of(vf x) {
     }
     p = fma(p, f, set1(1.0f));
 #if VLMO_AVX512
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
     const vf scaled = (vf)((vi)p + (((vi)shifted - (vi)magic) << 23));
     return select(bad, x, select(zero, vf{}, scaled));
