@@ -378,7 +378,7 @@ class _Lane:
             if not good and loader.epochs is None:
                 raise RuntimeError(
                     f"Loader: every lane must hold a good sample, lane {self.number} of {loader.lanes} has none: "
-                    f"{'; '.join(self.report.lines())}. Hint: fewer lanes for a small source."
+                    f"{'; '.join(self.report.lines())}. Hint: a small source wants a small batch_size, or fewer lanes."
                 )
             self.position = (epoch + 1, 0)
 

@@ -42,14 +42,14 @@ def gather_with_grad(t: Tensor) -> Tensor:
     return t if world_size() == 1 else _GatherWithGrad.apply(t)
 
 
-def global_mean(total: Tensor, count: Tensor | int) -> Tensor:
+def global_mean(total: Tensor, count: int) -> Tensor:
     """The mean over all processes' elements of which this one has `count`, summing to `total`.
 
     Its gradient, averaged over processes as DDP and FSDP do, is that of the mean over all elements. The value
     is this process's part of it.
     """
-    count = torch.as_tensor(count, device=total.device, dtype=torch.float32)
+    # Filled on the device: a copy from the host would wait for all work queued there.
+    count = torch.full((), count, device=total.device, dtype=torch.float32)
     if world_size() > 1:
-        count = count.clone()
         dist.all_reduce(count)
     return total * (world_size() / count.clamp(min=1.0))
