@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .data import Loader, Report
-from .distributed import rank, world_size
+from .distributed import gather_object, rank, world_size
 from .downstream import ExampleBatches, FineTuning, evaluate, finetune
 from .loading import Loaded, load_model, save_finetuned
 from .retrieval import Embeddings, Gallery, embed, embed_images, embed_texts, match_scores, read_gallery, recall, rerank
@@ -172,7 +172,7 @@ def run_finetune(
             )
 
         finetune(tuning, batches, steps=steps, lr=lr, bf16=precision == "bf16", on_step=on_step)
-    _show(batches.report)
+    _show(Report.sum(gather_object(batches.report)))
     save_finetuned(out, tuning, loaded)
     _say(f"model: {out}")
 

@@ -73,6 +73,13 @@ class Report:
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         del self.examples[_EXAMPLES:]
 
+    @classmethod
+    def sum(cls, reports: Iterable[Report]) -> Report:
+        total = cls()
+        for report in reports:
+            total.add(report)
+        return total
+
     def take(self) -> Report:
         """What was counted so far; counting begins anew."""
         taken = replace(self)

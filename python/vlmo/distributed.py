@@ -24,6 +24,15 @@ def gather(t: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_object(value: object) -> list[object]:
+    """What every process gave, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    everyone: list[object] = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from . import shapes
 from .config import CONFIGS, VLMoConfig
-from .data import Loader
-from .distributed import rank, world_size
+from .data import Loader, Report
+from .distributed import gather_object, rank, world_size
 from .objectives import STAGES, WEIGHTS
 from .snapshots import load_config, snapshots
 from .sources import open_source
@@ -107,8 +107,9 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
             bar.update(line["step"] - bar.n)
 
         last = trainer.fit(data, options.out, options.resume, show)
+    report = Report.sum(gather_object(data.report))
     if rank() == 0:
-        for line in data.report.lines():
+        for line in report.lines():
             print(f"data: {line}", file=sys.stderr)
     return last
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import VLMoConfig
 from .data import Batch
-from .distributed import gather, rank, world_size
+from .distributed import gather, gather_object, rank, world_size
 from .model import VLMo
 from .objectives import Inputs, Pretraining, prepare
 from .snapshots import load_snapshot, newest_extra, save_model, save_snapshot, snapshots, write_atomically
@@ -251,10 +251,7 @@ class Trainer:
 
     def save(self, out: Path, data: Data) -> None:
         """A snapshot of now."""
-        states = [data.state_dict()]
-        if world_size() > 1:
-            states = [None] * world_size()
-            dist.all_gather_object(states, data.state_dict())
+        states = gather_object(data.state_dict())
         extra = {
             "stage": self.stage,
             "seed": self.recipe.seed,
