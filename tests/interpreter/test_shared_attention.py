@@ -16,6 +16,7 @@ from tests.common.red_zone import red_zones
 from vlmo_kernels import ModalityLayout
 from vlmo_kernels.kernels import shared_attention as kernels
 
+ARCHS = (80, 90, 100, 120)
 LONG = 4096  # a bound on the sample length that rules the short backward out
 
 
@@ -163,10 +164,10 @@ def test_another_samples_infinities_stay_there() -> None:
 def test_one_compiled_kernel_whatever_the_lengths() -> None:
     """Configurations and constants depend on length by bucket only; the grid on capacity only."""
     for kernel in ("fwd", "dq", "dkdv", "short", "dbias"):
-        for hopper in (True, False):
+        for arch in ARCHS:
             for low, high in ((1, 64), (65, 128), (129, 256), (257, 100_000)):
                 configs = {
-                    kernels.config_for(kernel, 2, 64, n, bias=True, hopper=hopper)
+                    kernels.config_for(kernel, 2, 64, n, bias=True, arch=arch)
                     for n in (low, (low + high) // 2, high)
                 }
                 assert len(configs) == 1, (kernel, configs)
@@ -178,5 +179,5 @@ def test_one_compiled_kernel_whatever_the_lengths() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_head_dim_has_a_configuration(head_dim: int, itemsize: int) -> None:
     for kernel in ("fwd", "dq", "dkdv", "dbias"):
-        for hopper in (True, False):
-            assert kernels.config_for(kernel, itemsize, head_dim, 500, bias=True, hopper=hopper)
+        for arch in ARCHS:
+            assert kernels.config_for(kernel, itemsize, head_dim, 500, bias=True, arch=arch)

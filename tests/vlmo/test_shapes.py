@@ -2,12 +2,15 @@
 
 from collections import Counter
 from itertools import permutations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vlmo import shapes
 from vlmo.tokenizer import Tokenizer
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "vlmo_data.md"
 
 
 def test_a_picture_follows_from_its_number_alone():
@@ -35,6 +38,7 @@ def test_number_of_captions():
     names = [thing(look) for look in plain]
     lines = len(set(names)) * (len(names) - 1) * (len(names) - 2) * 2
     assert shapes.NUM_CAPTIONS == len(shapes.BACKGROUNDS) * (len(captions) + lines)
+    assert f"{shapes.NUM_CAPTIONS:,} captions" in DOCS.read_text()
     drawn = [shapes.sample(i, image_size=16) for i in range(300)]
     for picture in drawn:
         stem, _, background = picture.caption.rpartition(" on ")
