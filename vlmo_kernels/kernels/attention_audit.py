@@ -49,6 +49,8 @@ def audit_cases() -> list[AuditCase]:
 
 # Bytes of spill stores plus loads, by case and architecture, all in fp32.
 SPILLS = {
+    ("attention fwd fp32 Dh=256 bias 32x16", 100): 8,
+    ("attention dq fp32 Dh=64 bias 32x32", 100): 16,
     ("attention dkdv fp32 Dh=128 bias 16x16", 100): 16,
     ("attention dq fp32 Dh=256 bias 16x16", 120): 520,
     ("attention dq fp32 Dh=256 bias causal prefix 16x16", 120): 556,
