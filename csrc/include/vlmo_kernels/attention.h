@@ -7,9 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-namespace vlmo_kernels {
+#include "format.h"
 
-enum Format { FP32, BF16, FP16 };
+namespace vlmo_kernels {
 
 // A [rows, heads, dim] buffer; elements of a head are contiguous, the strides count elements.
 struct Rows {
