@@ -209,7 +209,8 @@ def run_evaluate(
             rows = [{name: key, "answer" if task == "vqa" else "label": answer} for key, answer in chosen]
             predictions.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(predictions, json.dumps(rows, indent=1) + "\n")
-    table = Table("figure", "value", title=Text(f"{task}: {data}"))
+    _say(f"{task}: {data}", "bold")
+    table = Table("figure", "value")
     for name, value in figures.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)

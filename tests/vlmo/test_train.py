@@ -225,7 +225,8 @@ def test_starting_is_strict() -> None:
     model = VLMo(stage_config(CONFIG, "vision-language"))
     lacking = {k: v for k, v in state.items() if k != "transformer.blocks.1.attn.qkv.weight"}
     with pytest.raises(ValueError, match=r"missing: transformer.blocks.1.attn.qkv.weight; foreign: none"):
-        start_from(model, lacking, "vision-language")
+        start_from(model, {k: v + 1 for k, v in lacking.items()}, "vision-language")
+    assert torch.equal(model.transformer.norm.weight, torch.ones(CONFIG.dim))  # nothing was copied
     with pytest.raises(ValueError, match="foreign: adapter.weight"):
         start_from(model, state | {"adapter.weight": torch.zeros(1)}, "vision-language")
     later = VLMo(stage_config(CONFIG, "vision-language")).state_dict()
