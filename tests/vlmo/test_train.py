@@ -154,7 +154,7 @@ def test_compiled_blocks_train_as_eager_ones() -> None:
 def test_three_stages_end_to_end(tmp_path: Path) -> None:
     """Each starts from the last one's checkpoint, and every loss falls."""
     start, reports = None, {}
-    for stage, steps in (("vision", 40), ("language", 40), ("vision-language", 40)):
+    for stage, steps in (("vision", 24), ("language", 24), ("vision-language", 24)):
         out = tmp_path / stage
         recipe = Recipe(steps=steps, lr=3e-3, warmup=5, log_every=1, save_every=1000, clip=1.0)
         model, reports[stage] = build_stage(CONFIG, stage, start, 0)
@@ -162,7 +162,7 @@ def test_three_stages_end_to_end(tmp_path: Path) -> None:
         log = log_of(out)
         assert [line["step"] for line in log] == list(range(1, steps + 1))
         for name in {"mim", "mlm", "itc", "itm"} & log[0].keys():
-            first, last = (sum(line[name] for line in part) / 10 for part in (log[:10], log[-10:]))
+            first, last = (sum(line[name] for line in part) / 8 for part in (log[:8], log[-8:]))
             assert last < first, (stage, name, first, last)
         config, of = load_config(out)
         assert of == stage and config == stage_config(CONFIG, stage)
@@ -326,6 +326,7 @@ def command(out: Path) -> list[str]:
     return [sys.executable, "-m", "vlmo.cli", *arguments.split(), "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_kill_9_in_mid_step_loses_at_most_the_steps_since_the_last_snapshot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
