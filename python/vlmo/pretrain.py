@@ -61,6 +61,10 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
     _check_out(options)
     if options.start is not None and not options.start.exists():
         raise FileNotFoundError(f"pretrain: --from must exist, got '{options.start}'.")
+    if options.start is not None and options.start.name == "model.safetensors":
+        folder = options.start.parent
+        if (folder / "config.json").is_file():  # a run of ours: its configuration goes with the file
+            options = replace(options, start=folder)
     tokenizer = _tokenizer(options)
     config = _config(options, tokenizer)
     start = options.start

@@ -383,6 +383,16 @@ def test_a_run_that_failed_before_its_first_line_can_be_called_again(tmp_path: P
         run(good, Recipe(steps=1))
 
 
+def test_from_takes_the_folder_of_a_run_and_the_model_in_it(tmp_path: Path) -> None:
+    given = Run("vision", tmp_path / "1", data="shapes:40", config="tiny", batch_size=8, max_text_len=20)
+    run(given, Recipe(steps=1))
+    curves = []
+    for name, start in (("folder", tmp_path / "1"), ("file", tmp_path / "1/model.safetensors")):
+        run(replace(given, stage="language", out=tmp_path / name, start=start), Recipe(steps=1))
+        curves.append(curve(tmp_path / name))
+    assert curves[0] == curves[1]
+
+
 # ------------------------------------------------------------------ implementations
 
 
