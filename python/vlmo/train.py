@@ -136,7 +136,8 @@ class Trainer:
     def _wrap(self) -> nn.Module:
         if self.recipe.compile:
             for block in self.model.transformer.blocks:
-                block.forward_packed = torch.compile(block.forward_packed)
+                # All blocks share one cache of 8 graphs: with row counts fixed it would be full after one step.
+                block.forward_packed = torch.compile(block.forward_packed, dynamic=True)
         if world_size() == 1:
             return self.module
         if self.recipe.strategy == "ddp":

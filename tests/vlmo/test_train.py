@@ -148,6 +148,23 @@ def test_compiled_blocks_train_as_eager_ones() -> None:
         torch.testing.assert_close(a["loss"], b["loss"])
 
 
+@pytest.mark.slow
+def test_batches_of_other_lengths_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives up on a function after 8 graphs, and all blocks are one function."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
+    torch._dynamo.reset()
+    graphs, config = torch._dynamo.utils.counters["stats"], replace(CONFIG, drop_path=0.1)
+    compiled = trainer("vision-language", Recipe(steps=4, compile=True), config)
+    stream = iter(loader("vision-language", 8))
+    compiled.run_step([next(stream)])
+    made = graphs["unique_graphs"]
+    for _ in range(2):
+        compiled.run_step([next(stream)])
+    assert 0 < made < 8 and graphs["unique_graphs"] == made
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------ stage after stage
 
 
