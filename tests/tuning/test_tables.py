@@ -91,6 +91,19 @@ def test_a_broken_cache_warns_and_is_left(folders, text: str) -> None:
         assert tables.find(PROBLEM, GPU).config == (1,)
 
 
+@pytest.mark.parametrize("error", (PermissionError("denied"), RuntimeError("Could not determine home directory.")))
+def test_a_cache_out_of_reach_warns_and_is_left(folders, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container often runs under a user without a home, or with one that it may not read."""
+    tables.write(folders[1], table(entry([1])))
+
+    def user_file(arch: str) -> Path:
+        raise error
+
+    monkeypatch.setattr(tables, "user_file", user_file)
+    with pytest.warns(UserWarning, match=f"{error}.*VLMO_KERNELS_CACHE"):
+        assert tables.find(PROBLEM, GPU).config == (1,)
+
+
 def test_a_table_is_replaced_at_once(folders, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails leaves the old table and no half of a new one under its name."""
     user, _ = folders

@@ -111,6 +111,7 @@ def shared_attention(
             raise ValueError(f"{op}: `prefix` must be int32, got {prefix.dtype}")
         if not causal:
             raise ValueError(f"{op}: `prefix` needs causal=True, got causal=False")
+        prefix = prefix.contiguous()  # a column of a table, or one number expanded: kernels read it as a table
     scale = head_dim**-0.5 if scale is None else float(scale)
     impl = select(Request(op, q.device, dtype), impl)
     seqs = layout.sequences()

@@ -154,14 +154,16 @@ def write(path: Path, table: dict[str, Any]) -> None:
 @cache
 def _entries(arch: str) -> dict[tuple[str, str, tuple[int, ...]], Choice]:
     found = {}
-    for path, name in ((SHIPPED / f"{arch}.json", "shipped table"), (user_file(arch), "user cache")):
-        if not path.exists():
-            continue
+    for name in ("shipped table", "user cache"):
         try:
+            path = user_file(arch) if name == "user cache" else SHIPPED / f"{arch}.json"
+            if not path.exists():
+                continue
             table = read(path)
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             # A forward must not fail over a file that only makes it faster.
-            warnings.warn(f"{error}; the heuristics are used. Hint: delete it, or tune again", stacklevel=2)
+            hint = "Hint: delete it, tune again, or set VLMO_KERNELS_CACHE"
+            warnings.warn(f"{error}; the heuristics are used. {hint}", stacklevel=2)
             continue
         for e in table["entries"]:
             config = e["config"] if isinstance(e["config"], str) else tuple(e["config"])
