@@ -21,7 +21,7 @@ from tests.vlmo.training import CONFIG, batch, loader, objective, step_inputs, t
 from vlmo import VLMo
 from vlmo.data import Batch
 from vlmo.pretrain import Run, run
-from vlmo.snapshots import load_config, load_snapshot, snapshots, write_atomically
+from vlmo.snapshots import load_config, newest_extra, snapshots, write_atomically
 from vlmo.stages import set_trainable, stage_config, start_from
 from vlmo.train import Recipe, Trainer, build_stage, decays, parameter_groups
 
@@ -209,12 +209,24 @@ def test_a_beit_becomes_the_image_expert(stage: str) -> None:
     assert any("text_embeddings" in name for name in report.new)
 
 
+def test_a_beit_before_fine_tuning_shares_one_bias_table() -> None:
+    state = {key: value for key, value in beit_state(CONFIG).items() if "relative_position" not in key}
+    rows, heads = (2 * CONFIG.window - 1) ** 2 + 3, CONFIG.num_heads
+    shared = torch.randn(rows, heads)
+    state["rel_pos_bias.relative_position_bias_table"] = shared
+    state["rel_pos_bias.relative_position_index"] = torch.zeros(2, 2, dtype=torch.int64)
+    model = VLMo(stage_config(CONFIG, "vision"))
+    start_from(model, state, "vision")
+    assert torch.equal(model.relative_position_bias_table[:rows], shared.repeat(1, CONFIG.depth))
+
+
 def test_starting_is_strict() -> None:
     state = VLMo(stage_config(CONFIG, "language")).state_dict()
     model = VLMo(stage_config(CONFIG, "vision-language"))
     lacking = {k: v for k, v in state.items() if k != "transformer.blocks.1.attn.qkv.weight"}
     with pytest.raises(ValueError, match=r"missing: transformer.blocks.1.attn.qkv.weight; foreign: none"):
-        start_from(model, lacking, "vision-language")
+        start_from(model, {k: v + 1 for k, v in lacking.items()}, "vision-language")
+    assert torch.equal(model.transformer.norm.weight, torch.ones(CONFIG.dim))  # nothing was copied
     with pytest.raises(ValueError, match="foreign: adapter.weight"):
         start_from(model, state | {"adapter.weight": torch.zeros(1)}, "vision-language")
     later = VLMo(stage_config(CONFIG, "vision-language")).state_dict()
@@ -260,7 +272,12 @@ def test_a_snapshot_of_another_run_is_refused(tmp_path: Path) -> None:
     trainer("language", recipe).fit(loader("language", 8), tmp_path)
     with pytest.raises(ValueError, match="resumed with its own seed, 0 in the snapshot, got 1"):
         trainer("language", replace(recipe, seed=1)).fit(loader("language", 8), tmp_path, resume=True)
-    assert load_snapshot(tmp_path / "nothing", None, None) is None
+    with pytest.raises(ValueError, match=r"its own configuration, the snapshot has max_text_len 20 \(now 10\)"):
+        trainer("language", recipe, replace(CONFIG, max_text_len=10)).fit(loader("language", 8), tmp_path, resume=True)
+    # Its snapshots would outlive those of a run that is at an earlier step.
+    with pytest.raises(ValueError, match="must not hold snapshots of another run"):
+        trainer("language", recipe).fit(loader("language", 8), tmp_path)
+    assert newest_extra(tmp_path / "nothing") is None
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
@@ -345,6 +362,24 @@ def test_bad_calls_are_one_line(tmp_path: Path) -> None:
         run(Run("language", tmp_path / "c", config="tiny", start=tmp_path / "empty"), Recipe(steps=1))
     with pytest.raises(ValueError, match="precision must be one of"):
         Recipe(steps=1, precision="fp8")
+    with pytest.raises(ValueError, match="impl must be one of"):
+        Recipe(steps=1, impl="fast")
+    with pytest.raises(ValueError, match="clip must not be negative, got -1"):
+        Recipe(steps=1, clip=-1.0)
+    with pytest.raises(FileNotFoundError, match="--from must exist, got .*nowhere"):
+        run(Run("language", tmp_path / "d", start=tmp_path / "nowhere"), Recipe(steps=1))
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="device: 'cuda' must be usable"):
+            run(Run("vision", tmp_path / "e", device="cuda"), Recipe(steps=1))
+
+
+def test_a_run_that_failed_before_its_first_line_can_be_called_again(tmp_path: Path) -> None:
+    bad, good = (Run("vision", tmp_path, data=f"shapes:{n}", config="tiny", batch_size=8) for n in (3, 40))
+    with pytest.raises(RuntimeError, match="lane 3 of 8 has none.*small batch_size"):
+        run(bad, Recipe(steps=1))
+    assert run(good, Recipe(steps=1))["step"] == 1
+    with pytest.raises(ValueError, match="--out must be a new folder"):
+        run(good, Recipe(steps=1))
 
 
 # ------------------------------------------------------------------ implementations

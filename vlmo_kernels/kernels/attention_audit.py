@@ -47,18 +47,20 @@ def audit_cases() -> list[AuditCase]:
     return [case._replace(**_allowance(case)) for case in unique.values()]
 
 
-# Bytes of spill stores plus loads, by case and architecture.
-SPILLS: dict[tuple[str, int], int] = {}
-REASONS: dict[str, str] = {}
+# Bytes of spill stores plus loads, by case and architecture, all in fp32.
+SPILLS = {
+    ("attention fwd fp32 Dh=256 bias 32x16", 100): 8,
+    ("attention dq fp32 Dh=64 bias 32x32", 100): 16,
+    ("attention dkdv fp32 Dh=128 bias 16x16", 100): 16,
+    ("attention dq fp32 Dh=256 bias 16x16", 120): 520,
+    ("attention dq fp32 Dh=256 bias causal prefix 16x16", 120): 556,
+}
+REASON = "IEEE fp32 without tensor cores: the next smaller tiles spill more, the next larger pass shared memory"
 
 
 def _allowance(case: AuditCase) -> dict:
-    (arch,) = case.archs
-    _, kernel, dtype, *_ = case.name.split()
-    spill = SPILLS.get((case.name, arch))
-    if spill is None:
-        return {}
-    return dict(allowed_spill=spill, reason=REASONS["short" if (kernel, arch) == ("short", 100) else dtype])
+    spill = SPILLS.get((case.name, *case.archs))
+    return {} if spill is None else dict(allowed_spill=spill, reason=REASON)
 
 
 def _case(kernel: str, dtype: str, head_dim: int, max_seqlen: int, mask: str, arch: int) -> AuditCase | None:

@@ -257,12 +257,14 @@ def input_config_for(
     """The forward's tiles with one accumulator.
 
     A gated epilogue keeps six values an element, so it takes quarters and more than 128 registers (a whole tile
-    spills 1.7 KB); a plain activation in fp32 takes quarters (halves spill 8 bytes on sm_100).
+    spills 1.7 KB). A plain activation takes quarters in fp32, where halves spill 8 bytes on sm_100, and on sm_90, where
+    they spill 72 with Triton 3.9 (quarters 16; with 3.6 nothing does).
     """
     c = config_for(dtype, rows, False, capability)
     if gated:
         return c._replace(parts=4, maxnreg=None)
-    return c._replace(parts=4) if activated and dtype == torch.float32 else c
+    quarters = activated and (dtype == torch.float32 or (capability is not None and capability[0] == 9))
+    return c._replace(parts=4) if quarters else c
 
 
 def input_problem(

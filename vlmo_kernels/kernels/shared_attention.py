@@ -47,8 +47,8 @@ _HOPPER = {
     "short": {64: (256, 32, 8, 2), 128: (128, 32, 8, 2)},
     "dbias": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
 }
-# sm_100: five products of 256 queries leave tensor memory through registers, and with a bias 404 to 1124 bytes spill.
-_BLACKWELL = _HOPPER | {"short": {64: (256, 32, 8, 2), 128: (64, 32, 4, 2)}}
+# sm_100: five products of 256 queries leave tensor memory through registers, and with a mask 404 to 1124 bytes spill.
+_BLACKWELL = _HOPPER | {"short": {64: (128, 32, 8, 2), 128: (64, 32, 4, 2)}}
 # The same on all other parts: operands pass through registers, and shared memory may be 99 KiB.
 _OTHER = {
     "fwd": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
@@ -66,11 +66,12 @@ _FP32 = {
     "dbias": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
 # 16 bits with a head_dim that 4 does not divide (34 in VLMo base_plus): rows travel 4 bytes at a time, through
-# registers. By whether the matrix units read shared memory. Better to pad the heads in the QKV weight: 34 to 40.
+# registers. Better to pad the heads in the QKV weight: 34 to 40.
 _UNALIGNED = {
-    True: {"dkdv": {64: (64, 64, 8, 2)}, "short": {64: (256, 16, 8, 2)}},
-    False: {"dq": {64: (128, 16, 8, 2)}, "dkdv": {64: (32, 64, 8, 1)}, "dbias": {64: (64, 32, 8, 1)}},
+    9: {"dkdv": {64: (64, 64, 8, 2)}, "short": {64: (256, 16, 8, 2)}},
+    10: {"dkdv": {64: (64, 64, 8, 2)}},
 }
+_UNALIGNED_OTHER = {"dq": {64: (128, 16, 8, 2)}, "dkdv": {64: (32, 64, 8, 1)}, "dbias": {64: (64, 32, 8, 1)}}
 _FP32_OTHER = _FP32 | {"dq": {**_FP32["dq"], 256: (16, 16, 8, 1)}}  # 32 x 32 needs 132 KiB
 
 
@@ -86,7 +87,8 @@ def _entry(kernel: str, itemsize: int, head_dim: int, arch: int) -> tuple[int, .
         table = {9: _HOPPER, 10: _BLACKWELL}.get(family, _OTHER)
     bucket = max(padded_head_dim(head_dim), 64)
     if itemsize == 2 and head_dim % 4:  # rows of 4-byte pieces
-        table = table | {name: {**table[name], **row} for name, row in _UNALIGNED[family in (9, 10)].items()}
+        tiles = _UNALIGNED.get(family, _UNALIGNED_OTHER)
+        table = table | {name: {**table[name], **row} for name, row in tiles.items()}
     return table[kernel].get(bucket)
 
 
@@ -103,14 +105,14 @@ def config_for(kernel: str, itemsize: int, head_dim: int, max_seqlen: int, *, bi
     if kernel == "dbias":  # its tiles are of positions, whose number is the model's, not the batch's
         return config
     if kernel == "short":
-        longest = min(config.block_m, 128) if bias and arch // 10 == 10 else config.block_m
-        if max_seqlen > longest:
+        if max_seqlen > config.block_m:
             return None
-        rows = min(longest, 64 if max_seqlen <= 64 else 128 if max_seqlen <= 128 else 256)
+        rows = min(config.block_m, 64 if max_seqlen <= 64 else 128 if max_seqlen <= 128 else 256)
         return config._replace(block_m=rows)
     if kernel == "dkdv" and bias:
         if config.block_m == 64:
-            config = config._replace(block_m=32)  # 64 x 128 spills 24 bytes with a bias and a causal mask
+            # 64 x 128 spills 24 bytes with a bias and a causal mask; 32 x 64 of head_dim 34 does not compile for sm_100
+            config = config._replace(block_m=32, block_n=128)
     if kernel == "fwd" and max_seqlen <= 64 and config.block_m > 64:  # text only: half of 128 rows would idle
         return config._replace(block_m=64, warps=4 if head_dim <= 64 else 8)
     return config
