@@ -179,6 +179,13 @@ def test_what_does_not_load_is_said(elsewhere) -> None:
         assert compiled.why_not("vlmo_kernels_cuda") == "they need a CUDA build of torch"
 
 
+def test_every_op_is_listed() -> None:
+    built("vlmo_kernels_cpu")
+    assert compiled.cpu_ops() is not None
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    assert {op for space, _, op in names if space == "vlmo_kernels_cpu"} == set(compiled.OPS["vlmo_kernels_cpu"])
+
+
 def test_a_build_without_an_op_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an update the old library may still lie there: the slower path, not an AttributeError in a forward."""
     built("vlmo_kernels_cpu")

@@ -9,6 +9,7 @@ import vlmo_kernels as vk
 from tests.common.agreement import assert_problem_as_eager
 from tests.common.cases import CASES
 from tests.common.problems import PROBLEMS, Problem, supported
+from vlmo_kernels.runtime import compiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,3 +69,20 @@ def test_a_prefix_may_be_a_view() -> None:
                 for p in (prefix, prefix.clone(memory_format=torch.contiguous_format))
             )
             assert torch.equal(view, copy)
+
+
+def test_a_default_device_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `torch.set_default_device("cuda")` lengths and CPU tensors stay where they are; meta stands for it."""
+    qkv = torch.randn(12, 3, 2, 8)
+    bias = torch.randn(2, 7, 7)
+    for parts in ("compiled", "torch's own"):
+        if parts != "compiled":
+            monkeypatch.setattr(compiled, "cpu_ops", lambda: None)
+            monkeypatch.setattr(compiled, "host_planner", lambda: None)
+        with torch.device("meta"):
+            layout = vk.ModalityLayout.from_lengths({"text": [3, 2], "image": [4, 3]})
+            leaf = qkv.clone().requires_grad_()
+            y = vk.shared_attention(leaf, None, None, layout, bias=bias, causal=True)
+            y.backward(torch.ones_like(y))
+        assert layout.device == y.device == leaf.grad.device == qkv.device
+        assert y.isfinite().all() and leaf.grad.isfinite().all()

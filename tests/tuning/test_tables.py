@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from vlmo_kernels.tuning import tables
+from vlmo_kernels.tuning import tables, tune
 from vlmo_kernels.tuning.tables import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,21 @@ def test_a_table_is_replaced_at_once(folders, monkeypatch: pytest.MonkeyPatch) -
     assert tables.read(user)["entries"][0]["config"] == [1]
 
 
+def test_tuning_again_races_the_heuristics(folders) -> None:
+    """An entry of an earlier run in their place would be no faster than itself, and be dropped."""
+    tables.write(folders[0], table(entry([1])))
+    found, raced = torch.ones(3), []
+
+    def run() -> tuple[torch.Tensor]:
+        choice = tables.find(PROBLEM, GPU)
+        raced.append(choice and choice.config)
+        return (found.to(PROBLEM.dtype),)
+
+    job = tune.Job(PROBLEM, run, lambda dtype: (found.to(dtype),), ((1,),), {}, 1.0)
+    tune.settle(job, "cpu", time.perf_counter() + 60)
+    assert set(raced) == {None, (1,)}
+
+
 def test_forced_choices_end_with_their_scope() -> None:
     cpu = torch.device("cpu")
     with tables.forced({"gemm": (1,)}):
@@ -145,7 +161,7 @@ class Refuse:
             raise ImportError(f"{name} must not be needed")
 sys.meta_path.insert(0, Refuse())
 import vlmo_kernels.tuning.tune as tune
-from vlmo_kernels.tuning import tables
+from vlmo_kernels.tuning import tables, tune
 keep = {"gemm", "weight grad summed", "attention short bias"}
 every = tune.jobs
 tune.jobs = lambda *a: [j for j in every(*a) if j.problem.kernel in keep][1:]

@@ -51,7 +51,7 @@ class Choice(NamedTuple):
     source: str
 
 
-_forced: dict[str, Choice] = {}
+_forced: dict[str, Choice | None] = {}
 
 
 def find(problem: Problem, device: torch.device) -> Choice | None:
@@ -65,10 +65,13 @@ def find(problem: Problem, device: torch.device) -> Choice | None:
 
 
 @contextlib.contextmanager
-def forced(choices: dict[str, tuple[Any, ...] | str]) -> Iterator[None]:
-    """Within, launches of these kernels take these configurations, in every thread (autograd has its own)."""
+def forced(choices: dict[str, tuple[Any, ...] | str | None]) -> Iterator[None]:
+    """Within, launches of these kernels take these configurations, in every thread (autograd has its own).
+
+    None: what the heuristics choose, whatever the tables say.
+    """
     before = dict(_forced)
-    _forced.update({kernel: Choice(config, "forced") for kernel, config in choices.items()})
+    _forced.update({kernel: c if c is None else Choice(c, "forced") for kernel, c in choices.items()})
     try:
         yield
     finally:
