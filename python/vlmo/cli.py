@@ -1,4 +1,4 @@
-"""`vlmo`: pretrain here, finetune, evaluate, embed and retrieve in `cli_tasks`. What they do lives in other modules."""
+"""`vlmo`: pretrain and demo here, the others in `cli_tasks`. What they do lives in other modules."""
 
 from __future__ import annotations
 
@@ -107,6 +107,21 @@ if typer is not None:
             ),
             recipe,
         )  # fmt: skip
+
+    @app.command()
+    def demo(
+        out: Annotated[Path, typer.Option(help="Folder of the results, the curves and the models.")] = Path(
+            "out/demo-vlmo"
+        ),
+        quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything; nothing is asked.")] = False,
+        impl: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+        precision: Annotated[Precision | None, typer.Option(help="Default: bf16 where the CPU has it.")] = None,
+        seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    ) -> None:
+        """The three stages on generated pictures, on a CPU; then retrieval, matching and masked words, measured."""
+        from .demo_vlmo import FULL, QUICK, run
+
+        sys.exit(run(out, QUICK if quick else FULL, seed, impl, precision.value if precision else None))
 
     from .cli_tasks import add_commands
 
