@@ -1,4 +1,4 @@
-"""`vlmo`: pretrain and demo here, the others in `cli_tasks`. What they do lives in other modules."""
+"""`vlmo`: pretrain, demo and compare here, the others in `cli_tasks`. What they do lives in other modules."""
 
 from __future__ import annotations
 
@@ -122,6 +122,27 @@ if typer is not None:
         from .demo_vlmo import FULL, QUICK, run
 
         sys.exit(run(out, QUICK if quick else FULL, seed, impl, precision.value if precision else None))
+
+    @app.command()
+    def compare(
+        out: Annotated[Path, typer.Option(help="Folder of the result, the chart and VLMo's runs.")] = Path(
+            "out/compare"
+        ),
+        results: Annotated[Path | None, typer.Option(help="Another place for the result file, to commit it.")] = None,
+        quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything.")] = False,
+        steps: Annotated[
+            tuple[int, int, int] | None, typer.Option(help="Of the three stages; all others take the sum.")
+        ] = None,
+        only: Annotated[list[str] | None, typer.Option(help="dual, fusion, towers, vlmo_scratch, vlmo.")] = None,
+        seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    ) -> None:
+        """VLMo beside dual encoder, fusion encoder and separate encoders under fusion, trained small and measured."""
+        from dataclasses import replace
+
+        from .compare import QUICK, Setup, run
+
+        setup = QUICK if quick else Setup()
+        run(out, replace(setup, steps=steps) if steps else setup, results, seed, tuple(only or ()))
 
     from .cli_tasks import add_commands
 

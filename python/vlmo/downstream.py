@@ -29,7 +29,7 @@ class VLMoForVQA(VLMo):
 
     def __init__(self, config: VLMoConfig, num_answers: int) -> None:
         super().__init__(config)
-        self.vqa_classifier = _classifier(config.dim, 2 * config.dim, num_answers)
+        self.vqa_classifier = classifier(config.dim, 2 * config.dim, num_answers)
 
     def classify(self, images: tuple[Tensor, ...], text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """One image [B, 3, S, S] in a tuple, and questions, to logits [B, num_answers]."""
@@ -46,7 +46,7 @@ class VLMoForNLVR2(VLMo):
                 "Hint: dataclasses.replace(config, num_token_types=3); load_checkpoint fills the third."
             )
         super().__init__(config)
-        self.nlvr2_classifier = _classifier(2 * config.dim, 2 * config.dim, 2)
+        self.nlvr2_classifier = classifier(2 * config.dim, 2 * config.dim, 2)
 
     def classify(self, images: tuple[Tensor, ...], text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Two images [B, 3, S, S], and statements, to logits [B, 2]."""
@@ -54,7 +54,7 @@ class VLMoForNLVR2(VLMo):
         return self.nlvr2_classifier(torch.cat(sides, dim=1))
 
 
-def _classifier(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+def classifier(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     classifier = nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, outputs))
     for linear in (classifier[0], classifier[3]):
         nn.init.normal_(linear.weight, std=INIT_STD)

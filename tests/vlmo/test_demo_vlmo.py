@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.vlmo.training import CONFIG, tokenizer
 
+from tests.vlmo.training import CONFIG, tokenizer
 from vlmo import VLMo, shapes
 from vlmo.demo_vlmo import QUICK, loss_ends, matching_accuracy, run, shortcomings, word_accuracy
 from vlmo.retrieval import Embeddings, read_gallery
