@@ -114,6 +114,7 @@ if typer is not None:
             "out/demo-vlmo"
         ),
         quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything; nothing is asked.")] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with one that was stopped.")] = False,
         impl: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
         precision: Annotated[Precision | None, typer.Option(help="Default: bf16 where the CPU has it.")] = None,
         seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -121,7 +122,7 @@ if typer is not None:
         """The three stages on generated pictures, on a CPU; then retrieval, matching and masked words, measured."""
         from .demo_vlmo import FULL, QUICK, run
 
-        sys.exit(run(out, QUICK if quick else FULL, seed, impl, precision.value if precision else None))
+        sys.exit(run(out, QUICK if quick else FULL, seed, impl, precision.value if precision else None, resume))
 
     @app.command()
     def compare(

@@ -56,7 +56,7 @@ class Scale:
 FULL = Scale(
     "small",
     60_000,
-    {"vision": (240, 64, 2e-3), "language": (120, 64, 2e-3), "vision-language": (800, 64, 2e-3)},
+    {"vision": (160, 64, 1e-3), "language": (100, 64, 1e-3), "vision-language": (420, 64, 8e-4)},
 )
 QUICK = replace(
     FULL,
@@ -65,12 +65,17 @@ QUICK = replace(
 )
 
 
-def run(out: Path, scale: Scale, seed: int = 0, impl: str = "auto", precision: str | None = None) -> int:
-    """The whole demo into `out`; 0, or 1 where a threshold is missed. precision: None for bf16 where the CPU has it."""
+def run(
+    out: Path, scale: Scale, seed: int = 0, impl: str = "auto", precision: str | None = None, resume: bool = False
+) -> int:
+    """The whole demo into `out`; 0, or 1 where a threshold is missed.
+
+    precision: None for bf16 where the CPU has it. resume: go on with a demo in `out` that was stopped.
+    """
     if precision is None:
         precision = "bf16" if environment.cpu_supports_bf16() else "fp32"
     begun = time.perf_counter()
-    times = train(out, scale, seed, impl, precision)
+    times = train(out, scale, seed, impl, precision, resume)
     logs = {stage: read_log(out / stage) for stage in STAGES}
     started = time.perf_counter()
     figures = measure(out / "vision-language", scale.heldout, impl)
@@ -103,18 +108,21 @@ def run(out: Path, scale: Scale, seed: int = 0, impl: str = "auto", precision: s
 # ---------------------------------------------------------------------- training
 
 
-def train(out: Path, scale: Scale, seed: int, impl: str, precision: str) -> dict[str, dict[str, float]]:
-    """The three stages, each from the last one's model, as `vlmo pretrain` runs them; seconds of each."""
+def train(
+    out: Path, scale: Scale, seed: int, impl: str, precision: str, resume: bool = False
+) -> dict[str, dict[str, float]]:
+    """The three stages, each from the last one's model, as `vlmo pretrain` runs them; seconds of each in this call."""
     times, start = {}, None
     for stage in STAGES:
         steps, batch_size, lr = scale.stages[stage]
-        shutil.rmtree(out / stage, ignore_errors=True)  # of an earlier demo
+        if not resume:
+            shutil.rmtree(out / stage, ignore_errors=True)  # of an earlier demo
         recipe = Recipe(
             steps=steps, lr=lr, warmup=steps // 20, clip=1.0, precision=precision, impl=impl, seed=seed,
-            log_every=max(1, steps // 100), save_every=steps,
+            log_every=max(1, steps // 100), save_every=max(1, steps // 8),
         )  # fmt: skip
         options = Run(
-            stage, out / stage, f"shapes:{scale.pictures}", scale.config, start, batch_size=batch_size,
+            stage, out / stage, f"shapes:{scale.pictures}", scale.config, start, resume, batch_size=batch_size,
             max_text_len=scale.max_text_len,
         )  # fmt: skip
         wall, cpu = time.perf_counter(), time.process_time()

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import VLMoConfig
 from .data import CORRUPT, Batch, Report, image_tensor, load_image
 from .distributed import rank, world_size
-from .model import INIT_STD, VLMo
+from .model import VLMo
 from .objectives import contrastive_loss
 from .tasks import Example, Examples
 from .tokenizer import Tokenizer
@@ -22,6 +22,7 @@ from .train import decays
 TASKS = ("retrieval", "vqa", "nlvr2")
 # New classifiers learn this much faster than the pre-trained rest, as in ViLT's fine-tuning (Kim et al. 2021).
 HEAD_LR = 10.0
+_HEAD_STD = 0.02  # as published
 
 
 class VLMoForVQA(VLMo):
@@ -57,7 +58,7 @@ class VLMoForNLVR2(VLMo):
 def classifier(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     classifier = nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, outputs))
     for linear in (classifier[0], classifier[3]):
-        nn.init.normal_(linear.weight, std=INIT_STD)
+        nn.init.normal_(linear.weight, std=_HEAD_STD)
         nn.init.zeros_(linear.bias)
     return classifier
 
