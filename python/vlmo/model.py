@@ -22,7 +22,6 @@ from .position import (
 from .transformer import MultiwayTransformer, TextEmbeddings
 
 
-
 class VLMoOutput(NamedTuple):
     """What a pass returns; None where the pass has no such thing.
 
