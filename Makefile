@@ -26,7 +26,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
 COMPILED := $(VENV)/.stamp-compiled
 
-.PHONY: help venv compiled wheel demo demo-vlmo test test-slow test-all lint bench audit gpu gpu-correctness gpu-bench clean
+.PHONY: help venv compiled wheel demo demo-vlmo test test-slow test-all lint bench audit gpu clean
 
 help:
 	@echo "make demo      swap the kernels into VLMo-Base: check, time, table and chart in out/demo/"
@@ -38,7 +38,7 @@ help:
 	@echo "make wheel     a wheel with the compiled parts, in dist/"
 	@echo "make bench     block, ffn and attention benchmarks into out/bench/"
 	@echo "make audit     what the compiler makes of every Triton kernel; needs no GPU"
-	@echo "make gpu       on a GPU machine: correctness, then benchmarks into benchmarks/results/"
+	@echo "make gpu       on a GPU machine: correctness, tune, bench, peers (each also alone: make gpu-tune)"
 	@echo "make clean     remove .venv, out/ and build products"
 	@echo "DEVICE=cuda make demo    on the GPU, with the torch of the current Python"
 
@@ -130,23 +130,18 @@ bench: $(READY)
 audit: $(STAMP)
 	$(VENV)/bin/vlmo-kernels audit
 
-# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing. With ninja and
-# nvcc there too the device planner is built and tested.
-# Stages, so that each can be run alone: make gpu-correctness, make gpu-bench.
-GPU := PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(DEVICE_PYTHON)
-GPU_NAME = $(shell $(DEVICE_PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
+# On a GPU machine, offline, with torch, triton, numpy and pytest in the current Python; installs nothing. With
+# ninja and nvcc there too the device planner is built and tested.
+# Each stage ends within ten minutes: make gpu-correctness, gpu-tune, gpu-bench, gpu-peers, or all of them in order.
+GPU_STAGES := gpu-correctness gpu-tune gpu-bench gpu-peers
 
-gpu: gpu-correctness gpu-bench
+.PHONY: $(GPU_STAGES)
+gpu:
+	for stage in $(GPU_STAGES); do $(MAKE) $$stage; done
 
-gpu-correctness:
-	-$(DEVICE_PYTHON) -W ignore setup.py -q build_ext --inplace
-	$(GPU) -m pytest -q -m gpu tests/gpu --durations=5
-
-gpu-bench:
-	@mkdir -p benchmarks/results/$(GPU_NAME)
-	for suite in block ffn attention; do \
-	  $(GPU) -c 'import pathlib, sys; from vlmo_kernels.bench.run import run; sys.exit(run(sys.argv[1], "cuda", pathlib.Path(sys.argv[2])))' \
-	    $$suite benchmarks/results/$(GPU_NAME)/$$suite.json; done
+$(GPU_STAGES):
+	$(if $(findstring correctness,$@),-$(DEVICE_PYTHON) -W ignore setup.py -q build_ext --inplace)
+	$(DEVICE_PYTHON) benchmarks/gpu.py $(@:gpu-%=%)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache

@@ -32,7 +32,7 @@ CSRC = ROOT / "csrc"
 WANTED = os.environ.get("VLMO_KERNELS_COMPILED", "")
 CUDA_WANTED = os.environ.get("VLMO_KERNELS_CUDA", "")
 # `python setup.py build_ext` asks for the compiled parts; an installation merely likes to have them.
-REQUIRED = WANTED == "1" or (WANTED != "0" and "build_ext" in sys.argv)
+REQUIRED = "1" in (WANTED, CUDA_WANTED) or (WANTED != "0" and "build_ext" in sys.argv)
 GIB = 1 << 30
 
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -Wall -Wextra"
@@ -107,6 +107,8 @@ def cuda_torch(torch: Path) -> bool:
 
 def what_is_missing() -> list[str]:
     found = {"torch": torch_folder(), "ninja (pip install ninja)": ninja(), "a C++ compiler (g++, or CXX=...)": cxx()}
+    if CUDA_WANTED == "1":
+        found["nvcc (on PATH, or CUDA_HOME=...)"] = nvcc()
     return [name for name, path in found.items() if path is None]
 
 
@@ -161,6 +163,11 @@ def jobs(per_job: int) -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         free = 4 * GIB
+    try:  # a container may have less than the machine
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
     return max(1, min(processors, free // per_job))
 
 
@@ -205,7 +212,7 @@ class BuildWithNinja(build_ext):
             except (OSError, subprocess.CalledProcessError) as error:
                 note = f"{part.module} could not be built: {error}. The command that tries again and shows everything: "
                 note += "python setup.py build_ext --inplace"
-                if REQUIRED or (CUDA_WANTED == "1" and part.module.endswith("_cuda")):
+                if REQUIRED:
                     sys.exit(f"vlmo_kernels: {note}")
                 say(f"{note}. Going on without it: the library is complete, on slower paths")
 
@@ -248,7 +255,10 @@ setup(
         *find_packages(where="python", include=["vlmo", "vlmo.*"]),
     ],
     package_dir={"vlmo": "python/vlmo"},
-    package_data={"vlmo_kernels.demo_data": ["captions.json", "photos/*.jpg"]},
+    package_data={
+        "vlmo_kernels.demo_data": ["captions.json", "photos/*.jpg"],
+        "vlmo_kernels.tuning": ["measured/*"],
+    },
     include_package_data=False,
     zip_safe=False,
     ext_modules=extensions(),

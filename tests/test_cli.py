@@ -127,7 +127,8 @@ def test_bench_does_not_time_what_is_wrong(monkeypatch):
         (("bench", "block", "--case", "none"), "case must be one of"),
         (("check", "--op", "none"), "op must be one of"),
         (("demo", "--config", "none"), "config must be one of"),
-        (("tune",), "no tuning tables"),
+        (("tune",), "there must be a GPU"),
+        (("tune", "--model", "none"), "model must be one of"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, capsys):

@@ -276,6 +276,17 @@ def test_copy_takes_over_another_plan() -> None:
         assert torch.equal(target.unpack(target.pack_padded(x)), torch.where((other >= 0)[..., None], x, 0.0))
 
 
+def test_exact_cuts_the_dead_rows_off() -> None:
+    ids = torch.full((2, 6), -1)
+    ids[0, [0, 1, 4]], ids[1, 1:4] = torch.tensor([0, 0, 1]), 1
+    static = vk.ModalityLayout.from_modality_ids(ids, modalities=("text", "image"))
+    exact = static.exact()
+    assert exact.tokens == 6 < static.tokens == 12 and exact.host_offsets.tolist() == [0, 0, 2, 3, 6]
+    for name in TABLES:
+        assert torch.equal(getattr(exact, name), getattr(static, name)[: len(getattr(exact, name))])
+    assert exact.exact() is exact and (exact.row_of_token >= 0).sum() == 6
+
+
 def test_to_moves_the_tables_alone() -> None:
     layout = CASES["pair"].layout()
     meta = layout.to("meta")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import multiprocessing
 import os
 import pkgutil
@@ -63,11 +64,7 @@ def audit(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("audit: nothing is compiled under TRITON_INTERPRET=1. Hint: unset it.")
     jobs = [
-        (module, index, arch)
-        for module in modules
-        for index, case in _cases(module, brief)
-        for arch in archs
-        if arch in case.archs
+        (module, index, arch) for module in modules for arch in archs for index, _ in _cases(module, arch, brief)
     ]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers <= 1:
@@ -77,11 +74,12 @@ def audit(
         return list(pool.map(_audit_job, jobs))
 
 
-def _cases(module: str, brief: bool) -> list[tuple[int, AuditCase]]:
-    cases = list(enumerate(importlib.import_module(module).audit_cases()))
+def _cases(module: str, arch: int, brief: bool) -> list[tuple[int, AuditCase]]:
+    cases = importlib.import_module(module).audit_cases()
+    ships = [(index, case) for index, case in enumerate(cases) if arch in case.archs]
     if not brief:
-        return cases
-    return list({_kernel_name(case): (index, case) for index, case in reversed(cases)}.values())
+        return ships
+    return list({_kernel_name(case): (index, case) for index, case in reversed(ships)}.values())
 
 
 def audit_case(case: AuditCase, arch: int) -> AuditRow:
@@ -175,12 +173,12 @@ def _compile(case: AuditCase, arch: int) -> Any:
 
 def _inspect(compiled: Any, arch: int) -> tuple[int, str, str]:
     """Registers a thread, ptxas' log and the machine code of a compiled kernel."""
-    import triton.backends.nvidia
+    from triton.backends.nvidia import compiler
 
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
-    assembler = tools / "ptxas-blackwell"
-    if arch < 100 or not assembler.exists():
-        assembler = tools / "ptxas"
+    assembler = Path(compiler.get_ptxas(arch).path)  # Triton brings two, and which is for what has changed
+    tools = Path(compiler.__file__).parent / "bin"
+    # Triton 3.7 and newer ask for it, and it decides what is spilled
+    options = ["--regAllocOptLevel=2"] if "regAllocOptLevel" in inspect.getsource(compiler) else []
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target\s+(\w+)", ptx).group(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +188,7 @@ def _inspect(compiled: Any, arch: int) -> tuple[int, str, str]:
         usage = _run(tools / "cuobjdump", "--dump-resource-usage", cubin).stdout
         sass = _run(tools / "nvdisasm", "-c", cubin).stdout
         # Triton keeps no log of its own run, so the same PTX goes through the same assembler again
-        log = _run(assembler, "-v", "--gpu-name", target, text, "-o", Path(folder, "again.cubin")).stderr
+        log = _run(assembler, "-v", *options, "--gpu-name", target, text, "-o", Path(folder, "again.cubin")).stderr
     return int(re.search(r"REG:(\d+)", usage).group(1)), log, sass
 
 

@@ -136,13 +136,15 @@ def _app():
         _run("audit", "main")
 
     @app.command()
-    def tune() -> None:
-        """Measure kernel configurations on this GPU (not there yet)."""
-        print(
-            "vlmo-kernels: tune: there are no tuning tables to fill yet; kernels choose by built-in heuristics.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(2)
+    def tune(
+        model: Annotated[str, typer.Option(help="Widths: base or large.")] = "base",
+        pairs: Annotated[int, typer.Option(min=1, help="Text-image pairs in the batch.")] = 64,
+        dtype: Annotated[DType, typer.Option(help="Of weights and activations.")] = DType.bf16,
+        budget: Annotated[float, typer.Option(help="Seconds.")] = 300.0,
+        out: Annotated[Path | None, typer.Option(help="Table to write; by default the user's cache.")] = None,
+    ) -> None:
+        """Race kernel configurations on this GPU; the fastest right ones go into the user's cache."""
+        _run("tuning.tune", "run", model, pairs, dtype.value, budget, out)
 
     return app
 

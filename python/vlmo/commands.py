@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +117,17 @@ def run_retrieve(
     _say(f"sheet: {out}")
 
 
+@contextlib.contextmanager
+def _leaving_processes() -> Iterator[None]:
+    """Take leave of the other processes, whatever happens."""
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@_leaving_processes()
 def run_finetune(
     options: ModelOptions, task: str, data: str, annotations: Path | None, images: Path | None, out: Path,
     steps: int, batch_size: int, lr: float, seed: int, precision: str, workers: int,
@@ -123,9 +136,10 @@ def run_finetune(
     examples = None
     if task != "retrieval":
         examples = open_examples(task, data, annotations, images, options.picture_size())
+    torch.manual_seed(seed)  # a new classifier is drawn
     loaded = options.load(task, None if examples is None else tuple(examples.classes))
     config = loaded.model.config
-    torch.manual_seed(seed + rank())
+    torch.manual_seed(seed + rank())  # dropout and DropPath
     if examples is None:
         batches = Loader(
             open_source(data, config.image_size), loaded.tokenizer, batch_size=batch_size, seed=seed, rank=rank(),
@@ -136,12 +150,14 @@ def run_finetune(
         batches = ExampleBatches(
             examples, loaded.tokenizer, config.image_size, config.max_text_len, batch_size, seed
         )
-    tuning, log = FineTuning(loaded.model, task), []
-    with Progress(console=console, disable=rank() != 0) as progress:
+    tuning = FineTuning(loaded.model, task)
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl" if rank() == 0 else os.devnull, "w", encoding="utf-8", buffering=1)  # a line at a time
+    with log, Progress(console=console, disable=rank() != 0) as progress:
         bar = progress.add_task(f"finetune {task}", total=steps)
 
         def on_step(step: int, losses: dict[str, float]) -> None:
-            log.append({"step": step, **losses})
+            log.write(json.dumps({"step": step, **losses}) + "\n")
             progress.update(
                 bar, completed=step, description=f"{task}: loss {losses['loss']:.3f}, right {losses['accuracy']:.0%}"
             )
@@ -149,8 +165,6 @@ def run_finetune(
         finetune(tuning, batches, steps=steps, lr=lr, bf16=precision == "bf16", on_step=on_step)
     _show(batches.report)
     save_finetuned(out, tuning, loaded)
-    if rank() == 0:
-        write_atomically(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     _say(f"model: {out}")
 
 
@@ -180,7 +194,8 @@ def run_evaluate(
             rows = [{name: key, "answer" if task == "vqa" else "label": answer} for key, answer in chosen]
             predictions.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(predictions, json.dumps(rows, indent=1) + "\n")
-    table = Table("figure", "value", title=Text(f"{task}: {data}"))
+    _say(f"{task}: {data}", "bold")
+    table = Table("figure", "value")
     for name, value in figures.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)

@@ -133,7 +133,7 @@ def image_tensor(image: Image.Image, size: int, crop: random.Random | None = Non
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
-    return pixels.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0).contiguous()
+    return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def read_records(source: Source, shards: Iterable[int], report: Report) -> Iterator[Record]:

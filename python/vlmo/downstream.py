@@ -202,7 +202,7 @@ def finetune(
     module: nn.Module = tuning
     if world_size() > 1:
         # Which parameters take part depends on the task: a retrieval model has no use for fusion experts.
-        module = DistributedDataParallel(tuning, find_unused_parameters=True, broadcast_buffers=False)
+        module = DistributedDataParallel(tuning, find_unused_parameters=True)
     named = [(name, p) for name, p in tuning.named_parameters() if p.requires_grad]
     groups = [
         {

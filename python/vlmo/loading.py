@@ -13,6 +13,7 @@ import vlmo_kernels
 
 from .checkpoint import load_checkpoint, read_state
 from .config import CONFIGS, VLMoConfig
+from .distributed import rank
 from .downstream import FineTuning, VLMoForNLVR2, VLMoForVQA
 from .model import VLMo
 from .position import num_extra_rows
@@ -102,8 +103,9 @@ def save_finetuned(out: str | Path, tuning: FineTuning, loaded: Loaded) -> None:
     """A folder for `load_model`: model.safetensors, config.json, vocab.txt and, of a classifier, classes.json."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    loaded.tokenizer.save(out / "vocab.txt")
-    if loaded.classes:
+    if rank() == 0:
+        loaded.tokenizer.save(out / "vocab.txt")
+    if rank() == 0 and loaded.classes:
         write_atomically(out / "classes.json", json.dumps({"task": tuning.task, "classes": loaded.classes}, indent=1))
     save_model(out, tuning, tuning.model.config, tuning.task)
 

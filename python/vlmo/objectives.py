@@ -55,13 +55,15 @@ def prepare(
     """Mask and plan a batch on the host, then move everything to the device."""
     size, masked, patches = len(batch), None, None
     if stage == "vision":
-        patches = mask_patches(batch.index, config.window**2, seed, step).to(device)
-        plan = make_plan(config, None, images=size)
+        patches = mask_patches(batch.index, config.window**2, seed, step)
+        # [CLS] stands before the patches.
+        read = torch.arange(size).repeat_interleave(patches.shape[1]), patches.flatten() + 1
+        plan, patches = make_plan(config, None, images=size, read=read), patches.to(device)
         batch = Batch(batch.image, None, None, batch.index)
     else:
-        masked = mask_words(batch, tokenizer, seed, step).to(device)
+        masked = mask_words(batch, tokenizer, seed, step)
         if stage == "language":
-            plan = make_plan(config, batch.text_mask)
+            plan = make_plan(config, batch.text_mask, read=(masked.sample, masked.position))
             batch = Batch(None, batch.text_ids, batch.text_mask, batch.index)
         else:
             each = torch.arange(size)
@@ -70,7 +72,9 @@ def prepare(
             plan = make_plan(
                 config, batch.text_mask.repeat(3, 1), pairs=2 * size, images=size, copies=True,
                 text_of=torch.cat([each, size + each, each]), image_of=each.repeat(3), num_texts=2 * size,
+                read=(size + masked.sample, masked.position),
             )  # fmt: skip
+        masked = masked.to(device)
     return Inputs(batch.to(device), seed, step, plan.to(device), masked, patches)
 
 
@@ -138,7 +142,6 @@ class Pretraining(nn.Module):
         x = model.embed_image(image, hide=hide.scatter_(1, hidden, True), mask_token=self.pixels.mask_token)
         x = self._encode(inputs, inputs.plan, None, x, inputs.batch.index, [("image", "image")])
         sample = torch.arange(len(hidden), device=hidden.device)[:, None]
-        # [CLS] stands before the patches.
         predicted = self.pixels(self._at(x, inputs.plan.rows(sample, hidden + 1).flatten()))
         target = F.unfold(image, size, stride=size).transpose(1, 2)[sample, hidden].flatten(0, 1)
         error = (_wide(predicted) - target).abs()
@@ -199,7 +202,8 @@ class Pretraining(nn.Module):
         other_text = sample_negatives(to_text, index, everyone, text_key)
         images, ids, mask = gather(batch.image), gather(batch.text_ids), gather(batch.text_mask)
         text_mask = torch.cat([batch.text_mask, mask[other_text]])
-        plan = make_plan(model.config, text_mask, pairs=2 * size)
+        nothing = index.new_empty(0)
+        plan = make_plan(model.config, text_mask, pairs=2 * size, read=(nothing, nothing))
         text = torch.cat([text, self._embed_text(inputs, ids[other_text], index, "negative text")])
         image = torch.cat([model.embed_image(images[other_image]), image])
         negatives = [("negative image", "negative image"), ("negative text", "negative text")]

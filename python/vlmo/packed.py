@@ -4,7 +4,8 @@ Rows lie in the order `[text of text-only | text of pairs | image of pairs | ima
 `vlffn_start` the text expert takes the first two groups and the image expert the last two. From there on the pairs
 are the vision-language expert's, while text-only and image-only rows keep their own expert; for the second
 contrastive branch (paper section 3.3) those rows are copied once at `vlffn_start`, and the copies go on with the
-vision-language expert. Result and gradients are those of `VLMo.infer`, `infer_text` and `infer_image`, to rounding.
+vision-language expert. The last layer gives out only the tokens that are read. Result and gradients are those of
+`VLMo.infer`, `infer_text` and `infer_image`, to rounding.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ class Plan:
         texts, pairs, images: numbers of samples of each kind.
         copies: whether text-only and image-only samples also take the vision-language branch.
         image_start: position of the image's [CLS]; text begins at 0.
-        lower, top: layouts below and from `vlffn_start` on.
-        lower_experts, top_experts: modality or group to the name of its expert.
+        lower, top, last: layouts below and from `vlffn_start` on, and of what the last layer gives out.
+        lower_experts, top_experts, last_experts: modality or group to the name of its expert.
         source: int64 [T], row of the embeddings (all texts, then all images, flattened) behind every lower row.
         branch: int64 [T'], lower row behind every top row; None where nothing is copied.
+        read: int64 [R], top row behind every row of the last layout; None where they are the same.
     """
 
     texts: int
@@ -45,24 +47,27 @@ class Plan:
     image_start: int
     lower: ModalityLayout
     top: ModalityLayout
+    last: ModalityLayout
     lower_experts: dict[str, str]
     top_experts: dict[str, str]
+    last_experts: dict[str, str]
     source: Tensor
     branch: Tensor | None
+    read: Tensor | None
 
     def to(self, device: torch.device | str) -> Plan:
-        lower = self.lower.to(device)
-        return replace(
-            self,
-            lower=lower,
-            top=lower if self.top is self.lower else self.top.to(device),
-            source=self.source.to(device),
-            branch=None if self.branch is None else self.branch.to(device),
-        )
+        layouts: dict[int, ModalityLayout] = {}
+        for layout in (self.lower, self.top, self.last):
+            if id(layout) not in layouts:
+                layouts[id(layout)] = layout.to(device)
+        lower, top, last = (layouts[id(layout)] for layout in (self.lower, self.top, self.last))
+        indices = (self.source, self.branch, self.read)
+        source, branch, read = (None if index is None else index.to(device) for index in indices)
+        return replace(self, lower=lower, top=top, last=last, source=source, branch=branch, read=read)
 
     def rows(self, samples: Tensor, positions: Tensor | int = 0) -> Tensor:
-        """int64 rows of the top layout that hold these tokens, which must be there."""
-        return self.top.row_of_token[samples * self.top.max_seqlen + positions].long()
+        """int64 rows of the result that hold these tokens, which must be there."""
+        return self.last.row_of_token[samples * self.last.max_seqlen + positions].long()
 
     def _cls(self, first: int, count: int, position: int) -> Tensor:
         return self.rows(torch.arange(first, first + count, device=self.source.device), position)
@@ -98,6 +103,7 @@ def make_plan(
     text_of: Tensor | None = None,
     image_of: Tensor | None = None,
     num_texts: int | None = None,
+    read: tuple[Tensor, Tensor] | None = None,
 ) -> Plan:
     """Plan one pass. No host synchronisation; from a mask on the host the layouts have no dead rows.
 
@@ -109,6 +115,8 @@ def make_plan(
         text_of: int64 [texts + pairs], which embedded text each is; by default one after the other.
         image_of: int64 [pairs + images], which embedded image each is; by default one after the other.
         num_texts: number of embedded texts, where `text_of` uses some several times.
+        read: int64 samples (as the plan numbers them from `vlffn_start` on) and positions of the tokens that will be
+            read, besides the [CLS] of every sample; None: all.
 
     Raises:
         ValueError: no sample, or a mask of another shape.
@@ -137,21 +145,41 @@ def make_plan(
     lower = _layout(ids, names)
     lower_experts = {name: name for name in names}
 
-    top, top_experts, branch = lower, lower_experts, None
-    has_vl = config.vlffn_start < config.depth
-    if copies and has_vl and texts + images:
-        single = torch.arange(rows + images, device=device)
-        order = torch.cat([single[:rows], single[:texts], single[rows:], single[rows:]])
-        kind = torch.ones_like(order)
-        kind[:texts], kind[len(order) - images :] = 0, 2
-        top = _layout(torch.where(ids[order] >= 0, kind[:, None], -1), ("text", "vl", "image"))
-        top_experts = {"text": "text", "vl": "vl", "image": "image"}
-        token = order[top.sample_of_row.clamp(min=0).long()] * size + top.positions
-        branch = lower.row_of_token[token].long().clamp(min=0)
-    elif pairs and has_vl:
-        # With a group no sample is in, fewer experts: neighbours with the same one are a single GEMM.
-        top_experts = {"text.mixed": "vl", "image.mixed": "vl"}
-        top_experts |= {"text.alone": "text" if texts else "vl", "image.alone": "image" if images else "vl"}
+    # From `vlffn_start` on: the samples, and by its place in `present` the expert of every token.
+    fused = config.vlffn_start < config.depth and (pairs > 0 or copies)
+    top, top_experts, branch, top_ids = lower, lower_experts, None, ids
+    if not fused:
+        present = names
+        expert_of = (torch.arange(size, device=device) >= start).long() * (len(names) - 1)
+    else:
+        present = ("text",) * (texts > 0) + ("vl",) + ("image",) * (images > 0)
+        order = torch.arange(rows + images, device=device)
+        if copies:
+            order = torch.cat([order[:rows], order[:texts], order[rows:], order[rows:]])
+        expert_of = torch.full((len(order), 1), present.index("vl"), device=device)
+        expert_of[:texts], expert_of[len(order) - images :] = 0, len(present) - 1
+        top_ids = ids[order]
+        if copies:
+            top = _layout(torch.where(top_ids >= 0, expert_of, -1), present)
+            top_experts = {name: name for name in present}
+            token = order[top.sample_of_row.clamp(min=0).long()] * size + top.positions
+            branch = lower.row_of_token[token].long().clamp(min=0)
+        else:
+            # With a group no sample is in, fewer experts: neighbours with the same one are a single GEMM.
+            top_experts = {"text.mixed": "vl", "image.mixed": "vl"}
+            top_experts |= {"text.alone": "text" if texts else "vl", "image.alone": "image" if images else "vl"}
+
+    last, last_experts, read_rows = top, top_experts, None
+    if read is not None:
+        wanted = torch.zeros_like(top_ids, dtype=torch.bool)
+        text_first = rows + texts * copies
+        wanted[:text_first, 0] = True
+        if images:
+            wanted[text_first:, start] = True
+        wanted[read] = True
+        last = _layout(torch.where(wanted & (top_ids >= 0), expert_of, -1), present)
+        last_experts = {name: name for name in present}
+        read_rows = top.row_of_token[last.token_of_row().clamp(min=0).long()].long().clamp(min=0)
 
     text_of = torch.arange(rows, device=device) if text_of is None else text_of
     image_of = torch.arange(pairs + images, device=device) if image_of is None else image_of
@@ -160,7 +188,10 @@ def make_plan(
     sample, position = lower.sample_of_row.long(), lower.positions.long()
     source = torch.where(position < start, text_base[sample], image_base[sample]) + position
     source = torch.where(sample >= 0, source, 0)
-    return Plan(texts, pairs, images, copies, start, lower, top, lower_experts, top_experts, source, branch)
+    return Plan(
+        texts, pairs, images, copies, start, lower, top, last, lower_experts, top_experts, last_experts,
+        source, branch, read_rows,
+    )  # fmt: skip
 
 
 def _layout(ids: Tensor, names: tuple[str, ...]) -> ModalityLayout:
@@ -191,21 +222,24 @@ def encode(
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        [rows of plan.top, dim]; `plan.rows` finds a token's row.
+        [rows of plan.last, dim]; `plan.rows` finds a token's row.
     """
     parts = [part.flatten(0, 1) for part in (text, image) if part is not None]
     x = (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, plan.source)
     biases = model.position_biases(_bias_index(model, plan))
-    start = model.config.vlffn_start
+    start, depth = model.config.vlffn_start, model.config.depth
     for i, block in enumerate(model.transformer.blocks):
         top = i >= start
         if i == start and plan.branch is not None:
             x = x.index_select(0, plan.branch)
         layout, experts = (plan.top, plan.top_experts) if top else (plan.lower, plan.lower_experts)
+        given_out, read = layout, None
+        if i == depth - 1 and plan.read is not None:
+            given_out, experts, read = plan.last, plan.last_experts, (plan.read, plan.last)
         scales = None, None
         if drops is not None and block.drop_path.drop_prob > 0.0:
-            scales = _row_scales(drops[top][:, i], block.drop_path.drop_prob, layout, plan, top)
-        args = (x, layout, experts, biases[i], *scales, impl)
+            scales = _row_scales(drops[top][:, i], block.drop_path.drop_prob, given_out, plan, top)
+        args = (x, layout, experts, biases[i], *scales, read, impl)
         if recompute and torch.is_grad_enabled():
             x = checkpoint(block.forward_packed, *args, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +69,7 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
                 f"pretrain: --from must hold model.safetensors, {options.start} does not. Hint: let that stage finish."
             )
     model, report = build_stage(config, options.stage, start, recipe.seed)
+    readers = world_size() * max(1, options.workers)
     data = Loader(
         open_source(options.data, config.image_size),
         tokenizer,
@@ -79,6 +81,8 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
         rank=rank(),
         world_size=world_size(),
         num_workers=options.workers,
+        # A run can be resumed by any number of readers that divides its lanes; by default up to 16.
+        lanes=None if readers <= 16 else math.gcd(options.batch_size, 1 << 12),
     )
     trainer = Trainer(model, options.stage, recipe, tokenizer, device)
     options.out.mkdir(parents=True, exist_ok=True)

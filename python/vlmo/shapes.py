@@ -409,8 +409,9 @@ def _statements(left: Facts, right: Facts, rng: Random) -> Iterator[tuple[str, s
     yield "same", "the pictures have different backgrounds", left.background != right.background
     for key, known in (("colour", tuple(COLOURS)), ("shape", SHAPES)):
         there, too = ({getattr(thing, key) for thing in facts.things} for facts in (left, right))
-        absent = rng.choice([word for word in known if word not in there | too])
-        for word in (*sorted(there | too), absent):
+        # Two pictures of three shapes can show all six.
+        absent = [word for word in known if word not in there | too]
+        for word in (*sorted(there | too), *([rng.choice(absent)] if absent else [])):
             something = f"a {word}" if key == "shape" else f"a shape that is {word}"
             yield f"both {key}", f"both pictures show {something}", word in there & too
             yield f"only {key}", f"only one picture shows {something}", word in there ^ too

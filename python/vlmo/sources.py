@@ -20,6 +20,8 @@ from typing import Protocol
 
 from PIL import Image
 
+from vlmo_kernels import demo_data
+
 from . import shapes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -58,12 +60,15 @@ class Source(Protocol):
 def open_source(spec: str, image_size: int = 64) -> Source:
     """The source for what a user writes.
 
-    "shapes:N" or "shapes:N:heldout" (generated, `image_size` pixels), a folder with captions.json, .jsonl or .tsv, a
-    folder of images, .parquet, .arrow, .tar, or several of one kind by a glob or braces ("train-{000..099}.tar"),
-    a folder of such files, a Karpathy json (images beside it).
+    "shapes:N" or "shapes:N:heldout" (generated, `image_size` pixels a side), "photos" (eight that come along), a folder
+    with captions.json, .jsonl or .tsv, a folder of images, a Karpathy json with its images beside it ("coco.json", or
+    one split of it, "coco.json:test"), .parquet, .arrow, .tar, several of one kind by a glob or braces
+    ("train-{000..099}.tar"), a folder of such files.
     """
     if spec.startswith("shapes:"):
         return _open_shapes(spec, image_size)
+    if spec == "photos":
+        return PhotosSource()
     if os.path.isdir(spec):
         folder = Path(spec)
         for name in CAPTIONS_FILES:
@@ -74,6 +79,9 @@ def open_source(spec: str, image_size: int = 64) -> Source:
             if files:
                 return _open_files(files)
         return FolderSource(folder)
+    file, _, split = spec.partition(".json:")
+    if split:
+        return KarpathySource(file + ".json", splits=(split,))
     if spec.endswith(".json"):
         return KarpathySource(spec)
     return _open_files(_expand(spec))
@@ -138,6 +146,16 @@ class ShapesSource(_ListSource):
     def _record(self, index: int) -> Record:
         picture = self._rows[index]
         return Record(index, index, f"shapes {index}", picture.image, picture.caption)
+
+
+class PhotosSource(_ListSource):
+    """The eight photographs with captions that come with `vlmo_kernels`; see its `demo_data` for their authors."""
+
+    def __init__(self) -> None:
+        pairs = demo_data.load_photos()
+        super().__init__(
+            "demo_data", [Record(i, i, f"photo {i}", image, text) for i, (image, text) in enumerate(pairs)]
+        )
 
 
 class FolderSource(_ListSource):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointReport, load_checkpoint, read_state
+from .checkpoint import IGNORED, CheckpointReport, load_checkpoint, read_state
 from .config import VLMoConfig
 from .model import VLMo
 from .objectives import STAGES
@@ -35,15 +35,15 @@ _NEW = {
 
 @dataclass(frozen=True)
 class StageReport(CheckpointReport):
-    """A `CheckpointReport`, of which `missing` lists only what should be there, and `new` what the stage adds:
-    parameters that keep their fresh initialisation."""
+    """A `CheckpointReport` with nothing missing and nothing unexpected, and `new`: what the stage adds, parameters
+    that keep their fresh initialisation."""
 
     new: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people: one line for each kind of key, the first few by name."""
         lines = []
-        for kind in ("converted", "new", "missing", "unexpected", "ignored"):
+        for kind in ("converted", "new", "ignored"):
             names = getattr(self, kind)
             if names:
                 more = "" if len(names) <= 3 else ", ..."
@@ -93,28 +93,27 @@ def start_from(
     path_or_dict: see `load_checkpoint`. A BEiT's `mlp` and `norm2` become the image expert, its bias tables, one a
     layer, one table.
 
-    Raises ValueError if anything else is missing, or a key is foreign.
+    Raises ValueError, before anything is copied, if anything else is missing or a key is foreign.
     """
     state = read_state(path_or_dict)
     renamed: list[str] = []
     if any(re.match(r"blocks\.\d+\.mlp\.", key) for key in state):
         state, renamed = _from_beit(state, model.config)
-    known = model.state_dict()
-    earlier_heads = tuple(key for key in state if key not in known and re.search(r"^(mlm|itm|itc|logit)_", key))
-    if earlier_heads and stage == "vision-language":
-        raise ValueError(f"start_from: the model lacks heads of the checkpoint, {earlier_heads[0]} among them.")
-    report = load_checkpoint(model, state, strict=False)
-    new = tuple(name for name in report.missing if re.search(_NEW[stage], name))
-    missing = tuple(name for name in report.missing if name not in new)
-    if missing or report.unexpected:
+    expected = model.state_dict()
+    lacking = [name for name in expected if name not in state]
+    new = tuple(name for name in lacking if re.search(_NEW[stage], name))
+    missing = [name for name in lacking if name not in new]
+    foreign = [key for key in state if key not in expected and key not in IGNORED]
+    if missing or foreign:
         raise ValueError(
             f"start_from: a checkpoint for the {stage} stage must hold what came before and nothing else; missing: "
-            f"{_few(missing)}; foreign: {_few(report.unexpected)}. Hint: stages come in the order {STAGES}."
+            f"{_few(missing)}; foreign: {_few(foreign)}. Hint: stages come in the order {STAGES}."
         )
-    return StageReport(missing, report.unexpected, (*renamed, *report.converted), report.ignored, new)
+    report = load_checkpoint(model, state, strict=False)
+    return StageReport((), (), (*renamed, *report.converted), report.ignored, new)
 
 
-def _few(names: tuple[str, ...]) -> str:
+def _few(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "none"
 
 

@@ -210,23 +210,29 @@ class Trainer:
         while self.step < self.recipe.steps:
             batches = [next(stream) for _ in range(self.recipe.accumulate)]
             losses = self.run_step(batches)
-            if self.step % self.recipe.log_every == 0 or self.step == self.recipe.steps:
-                line = {"step": self.step} | averaged(losses)
+            last = self.step == self.recipe.steps
+            to_log = last or self.step % self.recipe.log_every == 0
+            to_save = last or self.step % self.recipe.save_every == 0
+            if not (to_log or to_save):
+                continue
+            values = averaged(losses)
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                raise RuntimeError(
+                    f"train: loss and gradients must be finite, they are {values['loss']} and {values['grad_norm']} at "
+                    f"step {self.step}. Hint: a smaller learning rate, a longer warm-up, or gradient clipping; "
+                    "snapshots from before are kept."
+                )
+            if to_log:
                 now = time.perf_counter()
-                line["lr"] = self.recipe.lr * self.recipe.lr_factor(self.step - 1)
+                line = {"step": self.step, **values, "lr": self.recipe.lr * self.recipe.lr_factor(self.step - 1)}
                 line["seconds_per_step"] = (now - started) / (self.step - since)
                 started, since = now, self.step
                 if rank() == 0:
                     with log.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
-                if not math.isfinite(line["loss"]):
-                    raise RuntimeError(
-                        f"train: the loss must be finite, it is {line['loss']} at step {self.step}. Hint: a smaller "
-                        "learning rate, a longer warm-up, or gradient clipping; snapshots from before are kept."
-                    )
                 if progress is not None:
                     progress(line)
-            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
+            if to_save:
                 self.save(out, data)
         save_model(out, self.module, self.model.config, self.stage)
         return line

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo_kernels import ModalityLayout, MoMEBlockParams, mome_block
+from vlmo_kernels import ModalityLayout, routed_ffn, routed_linear, routed_norm, shared_attention
 
 from .config import ATTENTION, VLMoConfig
 
@@ -179,43 +179,43 @@ class Block(nn.Module):
         relative_position_bias: Tensor | None = None,
         attention_scale: Tensor | None = None,
         ffn_scale: Tensor | None = None,
+        read: tuple[Tensor, ModalityLayout] | None = None,
         impl: str = "auto",
     ) -> Tensor:
-        """The layer on packed rows of any mixture of samples, see `vlmo_kernels.mome_block`.
+        """The layer on packed rows of any mixture of samples.
 
-        x: [T, dim], rows of `layout`. experts: modality or group of the layout to "text", "image" or "vl".
-        attention_scale, ffn_scale: fp32 [T], DropPath's factors of the two branches (this module's own
-        DropPath is not used). impl: "auto", "triton", "cpu" or "reference". Returns [T, dim].
+        x: [T, dim], rows of `layout`. experts: modality or group to "text", "image" or "vl". read: int64 [R] rows
+        and the layout of these alone, where nobody reads the others' output: they serve as keys and values only.
+        attention_scale, ffn_scale: fp32 [T] (with `read` [R]), DropPath's factors of the two branches; this
+        module's own DropPath is not used. impl: "auto", "triton", "cpu" or "reference". Returns [T, dim] or [R, dim].
         """
-        attn = self.attn
+        attn, dim = self.attn, x.shape[1]
         names = tuple(dict.fromkeys(experts.values()))
         norms = [getattr(self, _NORMS[name]) for name in names]
         mlps = [getattr(self, _MLPS[name]) for name in names]
-        layer_scale = isinstance(self.gamma_1, Tensor)
-        params = MoMEBlockParams(
-            heads=attn.num_heads,
-            norm1=([self.norm1.weight], [self.norm1.bias]),
-            qkv=([attn.qkv.weight], [torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])]),
-            proj=([attn.proj.weight], [attn.proj.bias]),
-            norm2=([norm.weight for norm in norms], [norm.bias for norm in norms]),
-            w1=[mlp.fc1.weight for mlp in mlps],
-            b1=[mlp.fc1.bias for mlp in mlps],
-            w2=[mlp.fc2.weight for mlp in mlps],
-            b2=[mlp.fc2.bias for mlp in mlps],
-            gamma1=[self.gamma_1 if layer_scale else None],
-            gamma2=[self.gamma_2 if layer_scale else None],
-            experts={group: names.index(name) for group, name in experts.items()},
-            eps=NORM_EPS,
+        route = {group: names.index(name) for group, name in experts.items()}
+        gammas = [gamma if isinstance(gamma, Tensor) else None for gamma in (self.gamma_1, self.gamma_2)]
+
+        h = routed_norm(x, [self.norm1.weight], [self.norm1.bias], layout, eps=NORM_EPS, impl=impl)
+        qkv_bias = torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])
+        qkv = routed_linear(h, [attn.qkv.weight], [qkv_bias], layout, impl=impl)
+        qkv = qkv.view(-1, 3, attn.num_heads, dim // attn.num_heads)
+        o = shared_attention(qkv, None, None, layout, bias=relative_position_bias, impl=impl).view(-1, dim)
+        if read is not None:
+            rows, layout = read
+            o, x = o.index_select(0, rows), x.index_select(0, rows)
+        x = routed_linear(
+            o, [attn.proj.weight], [attn.proj.bias], layout, gamma=gammas[:1], residual=x,
+            row_scale=attention_scale, impl=impl,
+        )  # fmt: skip
+        h = routed_norm(
+            x, [norm.weight for norm in norms], [norm.bias for norm in norms], layout, route, eps=NORM_EPS, impl=impl
         )
-        return mome_block(
-            x,
-            params,
-            layout,
-            bias=relative_position_bias,
-            row_scale1=attention_scale,
-            row_scale2=ffn_scale,
-            impl=impl,
-        )
+        return routed_ffn(
+            h, [mlp.fc1.weight for mlp in mlps], [mlp.fc1.bias for mlp in mlps], [mlp.fc2.weight for mlp in mlps],
+            [mlp.fc2.bias for mlp in mlps], layout, route, gamma=gammas[1:] * len(mlps), residual=x,
+            row_scale=ffn_scale, impl=impl,
+        )  # fmt: skip
 
     def _ffn(self, x: Tensor, norm: nn.LayerNorm, mlp: Mlp) -> Tensor:
         return x + self.drop_path(self.gamma_2 * mlp(norm(x)))

@@ -54,7 +54,7 @@ def compared(
     def add(name: str, what: str, actual: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor) -> None:
         assert actual.shape == eager.shape, f"{what}: shape {tuple(actual.shape)}, eager {tuple(eager.shape)}"
         assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, eager {eager.dtype}"
-        factor = _to_magnitude_one(expected)
+        factor = to_magnitude_one(expected)
         pools.setdefault(name, []).append([(t * factor).flatten() for t in (actual, expected, eager)])
 
     for case, seed in product(cases, range(seeds)):
@@ -78,7 +78,7 @@ def _measure(problem: Problem, case: Case, dtype: torch.dtype, seed: int):
     return leaves, expected, problem.run(problem.eager, leaves, case)
 
 
-def _to_magnitude_one(expected: torch.Tensor) -> float:
+def to_magnitude_one(expected: torch.Tensor) -> float:
     """A power of two. A result that cancels to zero has no magnitude; it stands beside leaves of order 1."""
     finite = expected[torch.isfinite(expected)]
     if not (finite.abs() > ZERO).any():

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 built = pytest.mark.skipif(
     compiled.cpu_ops() is None, reason=f"compiled CPU ops: {compiled.why_not('vlmo_kernels_cpu')}"
 )
-NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def assert_is_plan_in_torch(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> None:
@@ -57,7 +57,7 @@ def batches(draw):
 
 
 @built
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(batches())
 def test_is_the_plan_in_torch(batch) -> None:
     assert_is_plan_in_torch(*batch)

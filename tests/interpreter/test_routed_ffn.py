@@ -170,7 +170,8 @@ def compare(case: Case, recompute: bool = False) -> None:
         assert grad is None or grad.is_contiguous()
     for field in ("dx", *(f"d{name}" for name in FFNWeights._fields)):
         # The experts together: one expert's bias alone is few values for a rule of averages.
-        names = [n for n in grads if n.rstrip("012") == field and grads[n] is not None]
+        names = [n for n in grads if n in (field, *(f"{field}{e}" for e in range(EXPERTS))) and grads[n] is not None]
+        assert names or not any(getattr(case.need, field[1:], (True,))), field
         if names:
             together = [torch.cat([g[n].flatten() for n in names]) for g in (grads, exact, plain)]
             assert_close_as_eager(*together, f"{field} {case.activation}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from tests.common import eager
+from tests.common.attention import Case, Problem, check
 from tests.common.numerics import assert_close_as_eager
 from tests.common.red_zone import red_zones
 from vlmo_kernels import ModalityLayout
 from vlmo_kernels.kernels import shared_attention as kernels
-from vlmo_kernels.reference import shared_attention as reference
 
+ARCHS = (80, 90, 100, 120)
 LONG = 4096  # a bound on the sample length that rules the short backward out
 
 
@@ -40,29 +40,6 @@ def fp32_dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return TensorHandle(total, tl.float32)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch of samples (text tokens, image tokens) and an attention.
-
-    Attributes:
-        text_room: position of the first image token: text is padded in mid-sample up to it.
-        bound: the `max_seqlen` the launcher is told, None for the exact one.
-        shuffled: the row table lists a sample's tokens in random order.
-    """
-
-    samples: tuple[tuple[int, int], ...]
-    heads: int = 2
-    kv_heads: int = 2
-    head_dim: int = 16
-    bias: str | None = None
-    causal: bool = False
-    prefix: bool = False
-    text_room: int | None = None
-    bound: int | None = None
-    shuffled: bool = False
-    dtype: torch.dtype = torch.float32
 
 
 PAIRS = ((5, 11), (0, 0), (3, 0), (0, 11), (1, 0), (7, 11))
@@ -98,103 +75,6 @@ CASES = {
     "bf16, long route": Case(((9, 140),), bound=LONG, dtype=torch.bfloat16),
     "fp16": Case(PAIRS, bias="same", causal=True, dtype=torch.float16),
 }
-
-
-class Problem:
-    """Inputs of a case, packed with static capacity: NaN in the dead rows."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        room = max((t for t, _ in case.samples), default=0) if case.text_room is None else case.text_room
-        length = max(room + max(i for _, i in case.samples), 1)
-        ids = torch.full((len(case.samples), length), -1)
-        for b, (text, image) in enumerate(case.samples):
-            ids[b, :text] = 0
-            ids[b, room : room + image] = 1
-        self.valid = ids >= 0
-        self.layout = ModalityLayout.from_modality_ids(ids, modalities=("text", "image"))
-        self.seqs = self.layout.sequences()
-        if case.shuffled:
-            self.seqs = replace(self.seqs, rows=self._shuffled_rows())
-        if case.bound is not None:
-            self.seqs = replace(self.seqs, max_seqlen=case.bound)
-        self.live = int(self.seqs.cu_seqlens[-1])
-        kinds = (case.heads, case.kv_heads, case.kv_heads, case.heads)
-        self.q, self.k, self.v, self.do = (self._rows(heads) for heads in kinds)
-        self.bias = None if case.bias is None else self._bias(length)
-        self.prefix = torch.randint(0, length, (len(ids),), dtype=torch.int32) if case.prefix else None
-        self.scale = 1.3 * case.head_dim**-0.5
-
-    def _shuffled_rows(self) -> torch.Tensor:
-        rows, at = self.seqs.rows.clone(), self.seqs.cu_seqlens.tolist()
-        for start, end in zip(at[:-1], at[1:], strict=True):
-            rows[start:end] = rows[start:end][torch.randperm(end - start)]
-        return rows
-
-    def _rows(self, heads: int) -> torch.Tensor:
-        t = torch.randn(self.layout.tokens, heads, self.case.head_dim).to(self.case.dtype)
-        t[self.live :] = torch.nan
-        return t
-
-    def _bias(self, length: int) -> torch.Tensor:
-        bias = torch.randn(self.case.heads, length, length)
-        if self.case.bias == "hiding":
-            bias[:, :, ::3] = -torch.inf
-            bias[0, 1] = -torch.inf  # a query that sees nothing
-        return bias.to(self.case.dtype if self.case.bias == "same" else torch.float32)
-
-    def forward(self, module, dtype: torch.dtype | None = None, **changed):
-        q, k, v = (changed.get(n, getattr(self, n)) for n in ("q", "k", "v"))
-        if dtype is not None:
-            q, k, v = (t.to(dtype) for t in (q, k, v))
-        return module.forward(q, k, v, self.seqs, self.bias, self.case.causal, self.prefix, self.scale)
-
-    def backward(self, module, o, lse, out, dtype: torch.dtype | None = None, **changed):
-        do, q, k, v = (changed.get(n, getattr(self, n)) for n in ("do", "q", "k", "v"))
-        if dtype is not None:
-            do, q, k, v = (t.to(dtype) for t in (do, q, k, v))
-        masks = (self.bias, self.case.causal, self.prefix, self.scale, self.bias is not None)
-        return module.backward(do, q, k, v, o, lse, self.seqs, *masks, out)
-
-    def expected(self):
-        """o, lse, dq, dk, dv, dbias of the reference in fp64."""
-        o, lse = self.forward(reference, torch.float64)
-        out = tuple(torch.empty(t.shape, dtype=torch.float64) for t in (self.q, self.k, self.v))
-        with_fp64_bias = replace_bias(self, torch.float64)
-        dbias = with_fp64_bias.backward(reference, o, lse, out, torch.float64)
-        return o, lse, *out, dbias
-
-    def eager(self):
-        """The same from eager torch in the case's dtype, on padded tensors; lse from the reference."""
-        leaves = [self.layout.unpack(t).requires_grad_() for t in (self.q, self.k, self.v)]
-        bias = None if self.bias is None else self.bias.clone().requires_grad_()
-        o = eager.shared_attention(*leaves, self.valid, bias, self.case.causal, self.prefix, self.scale)
-        wanted = leaves if bias is None else [*leaves, bias]
-        grads = torch.autograd.grad(o, wanted, self.layout.unpack(self.do))
-        packed = [self.layout.pack_padded(t.detach()) for t in (o, *grads[:3])]
-        return packed[0], self.forward(reference)[1], *packed[1:], grads[3] if bias is not None else None
-
-
-def replace_bias(problem: Problem, dtype: torch.dtype) -> Problem:
-    other = object.__new__(Problem)
-    other.__dict__.update(problem.__dict__)
-    other.bias = None if problem.bias is None else problem.bias.to(dtype)
-    return other
-
-
-def check(problem: Problem, got) -> None:
-    live = problem.live
-    names = ("o", "lse", "dq", "dk", "dv", "dbias")
-    for name, mine, right, plain in zip(names, got, problem.expected(), problem.eager(), strict=True):
-        if mine is None:
-            assert right is None
-        elif name == "dbias":
-            assert_close_as_eager(mine, right, plain, name)
-        elif name == "lse":
-            assert_close_as_eager(mine[:, :live], right[:, :live], plain[:, :live], name)
-        else:
-            assert_close_as_eager(mine[:live], right[:live], plain[:live], name)
-            assert name == "o" or not mine[live:].any(), f"{name}: dead rows must be zero"
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -284,10 +164,10 @@ def test_another_samples_infinities_stay_there() -> None:
 def test_one_compiled_kernel_whatever_the_lengths() -> None:
     """Configurations and constants depend on length by bucket only; the grid on capacity only."""
     for kernel in ("fwd", "dq", "dkdv", "short", "dbias"):
-        for hopper in (True, False):
+        for arch in ARCHS:
             for low, high in ((1, 64), (65, 128), (129, 256), (257, 100_000)):
                 configs = {
-                    kernels.config_for(kernel, 2, 64, n, bias=True, hopper=hopper)
+                    kernels.config_for(kernel, 2, 64, n, bias=True, arch=arch)
                     for n in (low, (low + high) // 2, high)
                 }
                 assert len(configs) == 1, (kernel, configs)
@@ -299,5 +179,5 @@ def test_one_compiled_kernel_whatever_the_lengths() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_head_dim_has_a_configuration(head_dim: int, itemsize: int) -> None:
     for kernel in ("fwd", "dq", "dkdv", "dbias"):
-        for hopper in (True, False):
-            assert kernels.config_for(kernel, itemsize, head_dim, 500, bias=True, hopper=hopper)
+        for arch in ARCHS:
+            assert kernels.config_for(kernel, itemsize, head_dim, 500, bias=True, arch=arch)

@@ -22,12 +22,13 @@ OPS = {"mome_block", "routed_ffn", "routed_linear", "routed_norm", "shared_atten
 PLAIN_DATA = {"runtime.route", "runtime.sequences", "runtime.ffn_weights"}
 ALLOWED = {
     "reference": {"torch", *PLAIN_DATA},
-    "kernels": {"triton", "torch", "runtime"},
+    "kernels": {"triton", "torch", "runtime", "tuning.tables"},
     "cpu": {"torch", "runtime", "reference"},  # falls back on the reference, part by part
     "ops": {"torch", "reference", "kernels", "cpu", "layout", "runtime"},
     "modules": {"torch", "ops", "layout", "runtime"},
     "swap": {"torch", "modules", "ops", "layout", "runtime"},
-    "runtime": {"torch", "ops|lazy", "kernels|lazy", "triton|lazy"},
+    "runtime": {"torch", "ops|lazy", "kernels|lazy", "triton|lazy", "tuning.tables|lazy"},
+    "tuning": {"torch", "layout", "reference|lazy", "runtime", "bench", "kernels|lazy", "triton|lazy"},
     "layout": {"torch", "plan", "host_plan", "rows", "runtime"},
     "host_plan": {"torch", "runtime"},
     "plan": {"torch", "runtime"},

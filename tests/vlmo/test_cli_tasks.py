@@ -123,12 +123,56 @@ def test_finetune_then_evaluate(task, run, tmp_path, capsys):
     wanted = ("--model", out, "--out", figures, "--predictions", predictions)
     assert vlmo("evaluate", "--task", task, "--data", "shapes:30:heldout", *wanted) == 0
     result = json.loads(figures.read_text())
-    assert result["examples"] == 30 and 0 < result["accuracy"] <= 1
     rows = json.loads(predictions.read_text())
+    if task == "vqa":
+        right = [shapes.question(i, image_size=32, split="heldout").answer == rows[i]["answer"] for i in range(30)]
+    else:
+        right = [str(shapes.statement(i, image_size=32, split="heldout").truth) == rows[i]["label"] for i in range(30)]
+    assert result["examples"] == 30 and result["accuracy"] == pytest.approx(sum(right) / 30)
     assert len(rows) == 30 and set(rows[0]) == ({"question_id", "answer"} if task == "vqa" else {"identifier", "label"})
     # A model of another task is refused, and the pre-trained one has no classifier.
     assert vlmo("evaluate", *data, "--model", run) == 2
     assert "must be fine-tuned" in capsys.readouterr().err
+
+
+def test_the_seed_fixes_fine_tuning(run, tmp_path):
+    """The new classifier, the order, and everything after."""
+    arguments = ("--task", "vqa", "--data", "shapes:32", "--model", run, "--steps", 2, "--batch-size", 4)
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(states))
+        assert vlmo("finetune", *arguments, "--out", tmp_path / name, "--seed", seed) == 0
+        states.append(load_model(tmp_path / name, task="vqa").model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["vqa_classifier.0.weight"], states[2]["vqa_classifier.0.weight"])
+
+
+def test_official_annotation_files(run, tmp_path):
+    """VQA v2 and NLVR2 as they are distributed: tune on a few, evaluate, write the answers."""
+    questions, answers, lines = [], [], []
+    for i in range(10):
+        asked, said = shapes.question(i, image_size=32), shapes.statement(i, image_size=32)
+        asked.picture.image.save(tmp_path / f"COCO_train2014_{i:012d}.jpg")
+        questions.append({"image_id": i, "question": asked.question, "question_id": 100 + i})
+        answers.append({"question_id": 100 + i, "answers": [{"answer": ("Yes", "no")[i == 0]}] * 10})
+        for number, picture in enumerate((said.left, said.right)):
+            picture.image.save(tmp_path / f"train-{i}-0-img{number}.png")
+        lines.append(json.dumps({"identifier": f"train-{i}-0-1", "sentence": said.text, "label": str(said.truth)}))
+    asked_file, given_file = tmp_path / "v2_train2014_questions.json", tmp_path / "v2_annotations.json"
+    asked_file.write_text(json.dumps({"questions": questions}))
+    given_file.write_text(json.dumps({"annotations": answers}))
+    (tmp_path / "train.json").write_text("\n".join(lines))
+    for task, data in {
+        "vqa": ("--data", asked_file, "--annotations", given_file),
+        "nlvr2": ("--data", tmp_path / "train.json"),
+    }.items():
+        data += ("--task", task, "--images", tmp_path)
+        out, figures = tmp_path / task, tmp_path / f"{task}.json"
+        assert vlmo("finetune", *data, "--model", run, "--out", out, "--steps", 2, "--batch-size", 4) == 0
+        assert vlmo("evaluate", *data, "--model", out, "--out", figures) == 0
+        assert json.loads(figures.read_text())["examples"] == (9 if task == "vqa" else 10)
+    # "no" was said once only, so it is no class.
+    assert json.loads((tmp_path / "vqa" / "classes.json").read_text())["classes"] == ["yes"]
 
 
 def test_finetune_retrieval_goes_on_from_the_model_and_can_be_used(run, tmp_path):
@@ -142,12 +186,25 @@ def test_finetune_retrieval_goes_on_from_the_model_and_can_be_used(run, tmp_path
     assert vlmo("evaluate", "--task", "retrieval", "--data", "shapes:12", "--model", out) == 0
 
 
-def test_another_image_size_and_a_checkpoint_file(run, tmp_path, capsys):
-    file = ("--model", run / "model.safetensors", "--vocab", run / "vocab.txt")
+def test_another_image_size_is_interpolated(run, capsys):
     assert vlmo("evaluate", "--task", "retrieval", "--data", "shapes:12", "--model", run, "--image-size", 48) == 0
     assert "interpolated" in capsys.readouterr().out
-    # Tiny is no published text length: a file does not tell how many of its bias rows are text's.
-    assert vlmo("evaluate", "--task", "retrieval", "--data", "shapes:12", *file) == 2
+
+
+def test_a_checkpoint_file_alone(run, tmp_path, monkeypatch):
+    """As published: wrapped, with index buffers, no configuration beside it. The size must be a known one."""
+    model = load_model(run).model
+    state = {"relative_position_index": torch.zeros(3), **model.state_dict()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "vlmo.pt")
+    file = ("--model", tmp_path / "vlmo.pt", "--vocab", run / "vocab.txt")
+    monkeypatch.setitem(CONFIGS, "tiny", replace(CONFIGS["tiny"], text_only_len=18))
+    figures = []
+    for options in (("--model", run), file):
+        data = ("--task", "retrieval", "--data", "shapes:16", "--rerank", 10, "--out", tmp_path / "f.json")
+        assert vlmo("evaluate", *data, *options) == 0
+        figures.append(json.loads((tmp_path / "f.json").read_text()))
+    assert figures[0] == figures[1]
+    assert load_model(tmp_path / "vlmo.pt", vocab=run / "vocab.txt").model.config == model.config
 
 
 @pytest.mark.parametrize("name", ["base", "base_plus", "large"])

@@ -14,6 +14,7 @@ import torch
 
 from tests.common.numerics import assert_close_as_eager
 from tests.vlmo.training import CONFIG, loader, tokenizer
+from vlmo.pretrain import Run, run
 from vlmo.stages import stage_config
 from vlmo.train import Recipe, Trainer, build_stage
 
@@ -72,7 +73,11 @@ def test_two_processes_train_as_one_and_one_resumes_from_two(strategy: str, tmp_
 
     # The last snapshot away: one process goes on from the third step that two processes wrote.
     (tmp_path / "two/snapshots" / f"step-{STEPS:08d}").rename(tmp_path / "gone")
-    pretrain(tmp_path / "two", 1, "--stage", "vision-language", "--resume")
+    again = Run(
+        "vision-language", tmp_path / "two", data="shapes:400", config="tiny", max_text_len=20, batch_size=8,
+        drop_path=DROP, resume=True,
+    )  # fmt: skip
+    run(again, Recipe(steps=STEPS, lr=LR, log_every=1, save_every=3))
     resumed = curve(tmp_path / "two")
     assert torch.equal(resumed[:3], two[:3])
     assert_close_as_eager(resumed * scale.float(), expected * scale, eager * scale.float(), "resumed by one")

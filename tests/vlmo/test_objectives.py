@@ -143,7 +143,9 @@ def published(module: Pretraining, stage: str, dtype: torch.dtype) -> dict[str, 
             hide[b, hidden] = True
         x = model.embed_image(given.image, hide=hide, mask_token=module.pixels.mask_token)
         biases = model.position_biases(model.relative_position_index)
-        x = norm(model._run(x, None, "image", biases, 0, model.config.depth))
+        for block, bias in zip(model.transformer.blocks, biases):
+            x = block(x, modality_type="image", relative_position_bias=bias)
+        x = norm(x)
         patches = given.image.unfold(2, grid, grid).unfold(3, grid, grid).permute(0, 2, 3, 1, 4, 5)
         target = patches.reshape(len(given), -1, 3 * grid * grid)
         return {"mim": (module.pixels(x[:, 1:][hide]) - target[hide]).abs().mean()}

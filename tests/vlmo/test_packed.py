@@ -52,19 +52,20 @@ def separate(model: VLMo) -> dict[str, Tensor]:
     }
 
 
-def packed(model: VLMo, impl: str, recompute: bool = False) -> dict[str, Tensor]:
-    """The same six results from one pass: every text and image embedded once."""
+def packed(model: VLMo, impl: str, recompute: bool = False, read: bool = False) -> dict[str, Tensor]:
+    """The same six results from one pass: every text and image embedded once; with `read`, only what is read."""
     image, ids, masked, mask = inputs(model.config, model.pooler.dense.weight.dtype)
     n = len(ids)
     each = torch.arange(n)
+    sample, position = mask.nonzero().unbind(1)
     plan = make_plan(
         model.config, mask.repeat(3, 1), pairs=2 * n, images=n, copies=True,
         text_of=torch.cat([each, n + each, each]), image_of=each.repeat(3), num_texts=2 * n,
+        read=(n + sample, position) if read else None,
     )  # fmt: skip
     text = model.embed_text(torch.cat([ids, masked]))
     x = encode(model, plan, text, model.embed_image(image), recompute=recompute, impl=impl)
     norm = model.transformer.norm
-    sample, position = mask.nonzero().unbind(1)
     pooled = model.pooler(norm(x[plan.pair_cls()[n:]])[:, None])
     return {
         "text": model.itc_text_proj(norm(x[plan.text_cls()])),
@@ -87,25 +88,26 @@ def results(run: Callable[[VLMo], dict[str, Tensor]], config, dtype: torch.dtype
 
 
 def kind(name: str) -> str:
-    """What is judged together: rounding, through four layers, is chance in any single vector."""
+    """What is judged together: rounding through four layers is chance in any single vector."""
     return "gradients" if name.startswith("d ") else "outputs"
 
 
 @pytest.mark.parametrize(
-    "config, impl, recompute",
-    [(CONFIG, "reference", False), (CONFIG, "cpu", True), (ABSOLUTE, "cpu", False)],
-    ids=["reference", "cpu-recompute", "cpu-absolute"],
+    "config, impl, recompute, read",
+    [(CONFIG, "reference", False, False), (CONFIG, "cpu", True, True), (ABSOLUTE, "cpu", False, True)],
+    ids=["reference", "cpu-recompute-read", "cpu-absolute-read"],
 )
-def test_one_pass_is_the_separate_passes(config, impl: str, recompute: bool) -> None:
+def test_one_pass_is_the_separate_passes(config, impl: str, recompute: bool, read: bool) -> None:
     pools: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
     for seed in range(2):
         expected = results(separate, config, torch.float64, seed)
         eager = results(separate, config, torch.float32, seed)
-        actual = results(lambda model: packed(model, impl, recompute), config, torch.float32, seed)
+        actual = results(lambda model: packed(model, impl, recompute, read), config, torch.float32, seed)
         assert expected.keys() == actual.keys() and sum(name.startswith("d ") for name in actual) > 100
         for name, want in expected.items():
-            scale = 1.0 / max(float(want.square().mean().sqrt()), 1e-30)  # one magnitude for all that is pooled
-            pools[kind(name)].append(((actual[name], want, eager[name]), 2.0 ** round(math.log2(scale))))
+            # One magnitude for all that is pooled.
+            scale = 2.0 ** -round(math.log2(max(float(want.detach().square().mean().sqrt()), 1e-30)))
+            pools[kind(name)].append(((actual[name], want, eager[name]), scale))
     for name, pool in pools.items():
         three = (torch.cat([(t[i] * scale).flatten() for t, scale in pool]) for i in range(3))
         assert_close_as_eager(*three, name)

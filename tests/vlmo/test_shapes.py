@@ -2,12 +2,16 @@
 
 from collections import Counter
 from itertools import permutations, product
+from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
 from vlmo import shapes
 from vlmo.tokenizer import Tokenizer
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "vlmo_data.md"
 
 
 def test_a_picture_follows_from_its_number_alone():
@@ -35,6 +39,7 @@ def test_number_of_captions():
     names = [thing(look) for look in plain]
     lines = len(set(names)) * (len(names) - 1) * (len(names) - 2) * 2
     assert shapes.NUM_CAPTIONS == len(shapes.BACKGROUNDS) * (len(captions) + lines)
+    assert f"{shapes.NUM_CAPTIONS:,} captions" in DOCS.read_text()
     drawn = [shapes.sample(i, image_size=16) for i in range(300)]
     for picture in drawn:
         stem, _, background = picture.caption.rpartition(" on ")
@@ -109,6 +114,15 @@ def test_statements_are_balanced_and_right():
     for start in ("both pictures show a shape", "only one picture shows a shape", "the left picture shows"):
         truths = [s.truth for s in stated if s.text.startswith(start)]
         assert 0.4 < sum(truths) / len(truths) < 0.6, start
+
+
+def test_two_pictures_with_every_shape_between_them():
+    things = [shapes.Thing("medium", "red", shape, x=0.2) for shape in shapes.SHAPES]
+    left, right = (shapes.Facts("line", "white", tuple(part), "") for part in (things[:3], things[3:]))
+    said = dict(shapes._state(left, right, Random(i)) for i in range(200))
+    # Whatever is said of a single shape has one answer only, so it is not asked.
+    assert not any(shape in text for text in said for shape in ("star", "circle"))
+    assert said["the left picture is white"] is True and len(said) > 8
 
 
 def test_captions_fit_the_promised_length():

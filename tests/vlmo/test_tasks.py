@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -223,3 +224,20 @@ def test_fine_tuning_learns_a_few_examples_by_heart(task, config, tokenizer):
     if task != "retrieval":
         figures, _ = evaluate(model, batches_of(examples, tokenizer))
         assert figures["accuracy"] > 0.8 > figures["majority"]
+
+
+def test_the_processes_share_out_what_one_would_take(tokenizer, monkeypatch):
+    examples = ShapesQuestions(20, image_size=32)
+    alone = list(islice(batches_of(examples, tokenizer), 6))  # two epochs and a bit
+    parts = []
+    monkeypatch.setattr("vlmo.downstream.world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr("vlmo.downstream.rank", lambda rank=rank: rank)
+        parts.append(list(islice(batches_of(examples, tokenizer), 6)))
+    for one, left, right in zip(alone, *parts):
+        assert len(left.text_ids) == 4
+        assert torch.equal(one.text_ids, torch.cat([left.text_ids, right.text_ids]))
+        assert torch.equal(one.images[0], torch.cat([left.images[0], right.images[0]]))
+        assert torch.equal(one.target, torch.cat([left.target, right.target]))
+    with pytest.raises(ValueError, match="must be a multiple of 2"):
+        batches_of(examples, tokenizer, batch_size=7)

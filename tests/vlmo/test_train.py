@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -213,7 +214,8 @@ def test_starting_is_strict() -> None:
     model = VLMo(stage_config(CONFIG, "vision-language"))
     lacking = {k: v for k, v in state.items() if k != "transformer.blocks.1.attn.qkv.weight"}
     with pytest.raises(ValueError, match=r"missing: transformer.blocks.1.attn.qkv.weight; foreign: none"):
-        start_from(model, lacking, "vision-language")
+        start_from(model, {k: v + 1 for k, v in lacking.items()}, "vision-language")
+    assert torch.equal(model.transformer.norm.weight, torch.ones(CONFIG.dim))  # nothing was copied
     with pytest.raises(ValueError, match="foreign: adapter.weight"):
         start_from(model, state | {"adapter.weight": torch.zeros(1)}, "vision-language")
     later = VLMo(stage_config(CONFIG, "vision-language")).state_dict()
@@ -262,6 +264,25 @@ def test_a_snapshot_of_another_run_is_refused(tmp_path: Path) -> None:
     assert load_snapshot(tmp_path / "nothing", None, None) is None
 
 
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
+    data = loader("vision", 8)
+    stream = iter(data)
+
+    class Broken:
+        state_dict, merge_states = data.state_dict, staticmethod(data.merge_states)
+
+        def __iter__(self):
+            for step in range(4):
+                given = next(stream)
+                given.image *= float("nan") if step == 3 else 1.0
+                yield given
+
+    with pytest.raises(RuntimeError, match="must be finite, they are nan and nan at step 4"):
+        trainer("vision", Recipe(steps=9, save_every=2, log_every=100)).fit(Broken(), tmp_path)
+    assert [path.name for path in snapshots(tmp_path)] == ["step-00000002"]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.json"
     write_atomically(path, "old")
@@ -275,21 +296,29 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.read_text() == "old"
 
 
-def command(out: Path, *more: str) -> list[str]:
+def options(out: Path, **changes: object) -> tuple[Run, Recipe]:
+    """What the command below means."""
+    given = Run("vision-language", out, data="shapes:400", config="tiny", max_text_len=20, drop_path=0.1, batch_size=8)
+    return replace(given, **changes), Recipe(steps=12, lr=1e-3, log_every=1, save_every=2)
+
+
+def command(out: Path) -> list[str]:
     arguments = (
         "pretrain --stage vision-language --config tiny --data shapes:400 --max-text-len 20 --steps 12 --batch-size 8 "
         "--log-every 1 --save-every 2 --lr 0.001 --drop-path 0.1"
     )
-    return [sys.executable, "-m", "vlmo.cli", *arguments.split(), "--out", str(out), *more]
+    return [sys.executable, "-m", "vlmo.cli", *arguments.split(), "--out", str(out)]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
-
-
-def test_kill_9_in_mid_step_loses_at_most_the_steps_since_the_last_snapshot(tmp_path: Path) -> None:
+def test_kill_9_in_mid_step_loses_at_most_the_steps_since_the_last_snapshot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = subprocess.Popen(command(killed), env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT)
+    threads = torch.get_num_threads()
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": str(threads)
+    }  # fmt: skip
+    process = subprocess.Popen(command(killed), env=environment, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 120
     while not (killed / "log.jsonl").exists() or len((killed / "log.jsonl").read_text().splitlines()) < 5:
         assert process.poll() is None and time.monotonic() < deadline
@@ -298,12 +327,12 @@ def test_kill_9_in_mid_step_loses_at_most_the_steps_since_the_last_snapshot(tmp_
     process.wait()
     reached = int(snapshots(killed)[-1].name.removeprefix("step-"))
     assert 4 <= reached < 12
-    done = subprocess.run(command(killed), env=environment(), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "holds a run. Hint: --resume" in done.stderr
-    for out, more in ((killed, ["--resume"]), (whole, [])):
-        done = subprocess.run(command(out, *more), env=environment(), capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-    assert "12/12" in done.stderr and "0.1 M parameters" in done.stderr
+    with pytest.raises(ValueError, match="holds a run. Hint: --resume"):
+        run(*options(killed))
+    run(*options(killed, resume=True))
+    run(*options(whole))
+    said = capsys.readouterr().err
+    assert "12/12" in said and "0.1 M parameters" in said
     assert curve(killed) == curve(whole)
 
 
@@ -345,3 +374,11 @@ def test_a_step_does_not_depend_on_the_implementation() -> None:
     inputs = step_inputs("vision-language")
     a, b = (objective("vision-language", impl=impl)(inputs)["loss"] for impl in ("cpu", "reference"))
     torch.testing.assert_close(a, b)
+
+
+def test_a_refused_global_is_named_with_the_safe_way(tmp_path: Path) -> None:
+    path = tmp_path / "lightning.ckpt"
+    model = VLMo(stage_config(CONFIG, "language"))
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": Fraction(1, 2)}, path)
+    with pytest.raises(ValueError, match=r"wants fractions.Fraction. Nothing of it was executed. Hint: .*torch.save"):
+        start_from(model, path, "language")

@@ -56,6 +56,15 @@ def ffn(x, w1, b1, w2, b2, gamma, residual) -> torch.Tensor:
     return residual + gamma * F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
 
+def ffn_cublaslt(x, residual, sizes, weights, gamma) -> torch.Tensor:
+    """A loop over experts with bias and GELU in cuBLASLt's own epilogue (on a GPU that GELU is the tanh form)."""
+    parts = []
+    for rows, r, (w1, b1, w2, b2) in zip(x.split(sizes), residual.split(sizes), weights, strict=True):
+        h = torch._addmm_activation(b1, rows, w1.t(), use_gelu=True)
+        parts.append(r + gamma * F.linear(h, w2, b2))
+    return torch.cat(parts)
+
+
 def ffn_masked(x, residual, masks, weights, gamma) -> torch.Tensor:
     """Experts by boolean masks and index_put, as most multimodal code has it."""
     out = torch.zeros_like(residual)

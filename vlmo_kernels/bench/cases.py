@@ -77,10 +77,24 @@ CASES = {
             40,
             197,
         ),  # fmt: skip
+        # What fills a large GPU.
+        Case("vlmo_base_pairs64", 768, 12, 3072, _texts(64, 12, 40), (197,) * 64, 40, 197),
+        Case("vlmo_large_pairs64", 1024, 16, 4096, _texts(64, 12, 40), (197,) * 64, 40, 197),
+        Case(
+            "vlmo_base_mixed96",
+            768,
+            12,
+            3072,
+            (0,) * 32 + _texts(64, 12, 40),
+            (197,) * 32 + (0,) * 32 + (197,) * 32,
+            40,
+            197,
+        ),  # fmt: skip
         Case("smoke", 64, 4, 256, (3, 7, 1, 8), (17, 17, 17, 17), 8, 17),
     )
 }
 DEFAULT = ("vlmo_base_pairs16", "vlmo_base_mixed18")
+DEFAULT_GPU = ("vlmo_base_pairs64", "vlmo_base_mixed96", "vlmo_large_pairs64")
 
 
 @dataclass

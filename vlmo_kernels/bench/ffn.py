@@ -9,7 +9,7 @@ from torch import nn
 from vlmo_kernels.ops import routed_ffn
 from vlmo_kernels.runtime.frozen import frozen_weights
 
-from .baselines import ffn_grouped, ffn_masked, ffn_split
+from .baselines import ffn_cublaslt, ffn_grouped, ffn_masked, ffn_split
 from .cases import Batch, Case, make_batch
 from .harness import Contestant, results_of
 
@@ -64,6 +64,12 @@ def build(case: Case, device: str, dtype: torch.dtype, pass_: str) -> tuple[list
         _contestant("masks", masked, weights, batch, lambda t: t[order], lambda t: t[order.argsort()]),
         _contestant("compile", torch.compile(split), weights, batch),
     ]
+    if pass_ == "forward" and device != "cpu":
+
+        def cublaslt(x, residual, experts, gamma):
+            return ffn_cublaslt(x, residual, sizes, experts, gamma)
+
+        contestants.append(_contestant("cublaslt", cublaslt, weights, batch))
     if hasattr(F, "grouped_mm") and pass_ == "forward":
         stacks = [torch.stack([weights[f"{e}.{n}"].detach() for e in range(2)]) for n in _NAMES]
         stacks = [s.transpose(1, 2) if s.dim() == 3 else s for s in stacks]

@@ -152,23 +152,40 @@ def saved_bytes(forward: Callable[[], object], parameters: Sequence[torch.Tensor
     return total
 
 
+# Beyond it a call waits for the device itself (boolean masks do), and waiting longer would not help.
+_LONGEST_QUEUE_MS = 10.0
+
+
 class Clock:
-    """Milliseconds of one call: wall time on the CPU, CUDA events on a GPU, with its L2 cache flushed before."""
+    """Milliseconds of one call: wall time on the CPU; on a GPU the device's own time, by CUDA events.
+
+    On a GPU the L2 cache is flushed before a call, and the device is kept busy until the host has queued all of it:
+    otherwise a call of a few short kernels would be charged for the host's launch time, which a captured graph or the
+    work queued before it hides. `host_ms` of a call is told apart.
+    """
 
     def __init__(self, device: torch.device | str) -> None:
         self.cuda = torch.device(device).type == "cuda"
         if self.cuda:
-            size = 3 * torch.cuda.get_device_properties(device).L2_cache_size
-            self.flush = torch.empty(size, dtype=torch.uint8, device=device)
+            properties = torch.cuda.get_device_properties(device)
+            self.flush = torch.empty(3 * properties.L2_cache_size, dtype=torch.uint8, device=device)
+            self.cycles_per_ms = getattr(properties, "clock_rate", 2_000_000)  # kHz
 
-    def __call__(self, call: Callable[[], object]) -> float:
+    def host_ms(self, call: Callable[[], object]) -> float:
+        """Wall time until the call has returned; on a GPU its work may still be queued then."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        return (time.perf_counter() - begun) * 1e3
+
+    def __call__(self, call: Callable[[], object], host_ms: float = 0.0) -> float:
         if not self.cuda:
-            begun = time.perf_counter()
-            call()
-            return (time.perf_counter() - begun) * 1e3
+            return self.host_ms(call)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
         torch.cuda.synchronize()
+        self.flush.zero_()
+        torch.cuda._sleep(int(min(1.5 * host_ms + 0.1, _LONGEST_QUEUE_MS) * self.cycles_per_ms))
         start.record()
         call()
         end.record()
@@ -193,9 +210,10 @@ def interleave(
     clock = Clock(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for _ in range(warmup):
+    host = dict.fromkeys(names, 0.0)
+    for _ in range(warmup + clock.cuda):  # on a GPU the second time tells what the host takes
         for name in names:
-            clock(calls[name])
+            host[name] = clock.host_ms(calls[name])
     begun = time.perf_counter()
     for r in range(rounds):
         if budget_s is not None and r >= 2 and time.perf_counter() - begun > budget_s:
@@ -203,7 +221,7 @@ def interleave(
         on_round(f"round {r + 1} of {rounds}")
         turn = r % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
-            times[name].append(clock(calls[name]))
+            times[name].append(clock(calls[name], host[name]))
     return times
 
 

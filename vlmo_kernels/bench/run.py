@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import environment, rows
-from .cases import CASES, DEFAULT
+from .cases import CASES, DEFAULT, DEFAULT_GPU
 from .display import megabytes, milliseconds, progress, table
 from .harness import Result, gate, measure
 
@@ -36,7 +36,8 @@ def run(
         raise RuntimeError(f"bench: device {device!r} needs a GPU that torch can use, none was found")
     module = importlib.import_module(f"vlmo_kernels.bench.{suite}")
     chosen = [DTYPES[d] for d in dtypes] or _default_dtypes(device)
-    plan = [(c, d, p) for c in cases or DEFAULT for d in chosen for p in module.PASSES]
+    batches = cases or (DEFAULT if device == "cpu" else DEFAULT_GPU)
+    plan = [(c, d, p) for c in batches for d in chosen for p in module.PASSES]
     found, wrong = [], False
     print(f"{environment.device_name(device)}; torch {torch.__version__}; F.linear: {environment.gemm_library()}")
     with progress(f"bench {suite}", len(plan)) as bar:
@@ -64,8 +65,9 @@ def run_case(suite: str, case: str, dtype: torch.dtype, pass_: str, device: str,
 
 
 def _default_dtypes(device: str) -> list[torch.dtype]:
-    low = device != "cpu" or environment.cpu_supports_bf16()
-    return [torch.float32, torch.bfloat16] if low else [torch.float32]
+    if device != "cpu":
+        return [torch.bfloat16]
+    return [torch.float32, torch.bfloat16] if environment.cpu_supports_bf16() else [torch.float32]
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -87,14 +89,15 @@ def _print(suite, case, dtype, pass_, results: Sequence[Result], eager: str) -> 
         if r.skipped == "inference only":
             continue
         if not r.times_ms:
-            lines.append([r.name, "-", "-", "-", "-", "-", "-", r.skipped])
+            lines.append([r.name, *"-------", r.skipped])
             continue
         median = statistics.median(r.times_ms)
         lines.append([
-            r.name, milliseconds(median), milliseconds(min(r.times_ms)), f"{base / median:.2f}x" if base else "-",
+            r.name, milliseconds(median), milliseconds(min(r.times_ms)),
+            f"{100 * (max(r.times_ms) - min(r.times_ms)) / median:.0f}%", f"{base / median:.2f}x" if base else "-",
             f"{r.verdict.max_err:.1e}", megabytes(r.saved_bytes), megabytes(r.peak_bytes), r.note,
         ])  # fmt: skip
-    columns = ["contestant", "median", "fastest", "speed", "max error", "saved", "peak", ""]
+    columns = ["contestant", "median", "fastest", "spread", "speed", "max error", "saved", "peak", ""]
     table(f"{suite}, {case}, {_short(dtype)}, {pass_}", columns, lines)
 
 

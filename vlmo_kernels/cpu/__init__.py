@@ -1,1 +1,1 @@
-"""The CPU fast path: oneDNN through torch's own ops, on packed rows. No padding, fused epilogues."""
+"""The CPU fast path on packed rows, no padding: oneDNN through torch's own ops, and compiled kernels (csrc)."""

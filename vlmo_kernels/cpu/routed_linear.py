@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vlmo_kernels.runtime import compiled
 from vlmo_kernels.runtime.route import Route
 
 from .gemm import add_dense, dense, why_not
@@ -122,7 +123,7 @@ def weight_grads(
     need_dgamma: bool,
 ) -> tuple[Optional, Optional, Optional]:
     """Gradients of `gamma * (x @ weight.T + bias)`; those of gamma come from the unscaled weight gradient."""
-    total = g.sum(0, dtype=torch.float32) if need_db or need_dgamma else None
+    total = column_sums(g) if need_db or need_dgamma else None
     unscaled = g.T @ x if need_dw or need_dgamma else None
     dw = db = dgamma = None
     if need_dw:
@@ -134,6 +135,12 @@ def weight_grads(
         if bias is not None:
             dgamma += bias.float() * total
     return dw, db, dgamma
+
+
+def column_sums(x: torch.Tensor) -> torch.Tensor:
+    """fp32 sums over the rows. Torch's sum of 16-bit rows into fp32 makes an fp32 copy of them first."""
+    ops = compiled.cpu_ops()
+    return x.sum(0, dtype=torch.float32) if ops is None else ops.column_sums(x)
 
 
 def finish(grads: list[Optional], like: list[Optional], need: list[bool]) -> list[Optional]:

@@ -140,8 +140,8 @@ def _compiled_backward(
         if live == 0 or q.shape[2] == 0:
             parts.zero_()
     ops.attention_backward(
-        do, q, k, v, o, lse, _bias(bias, q), prefix, seqs.cu_seqlens, seqs.rows, seqs.positions, causal, scale,
-        *out, parts,
+        do, q, k, v, o.contiguous(), lse.contiguous(), _bias(bias, q), prefix, seqs.cu_seqlens, seqs.rows,
+        seqs.positions, causal, scale, *out, parts,
     )  # fmt: skip
     if parts is None:
         return None

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from vlmo_kernels.runtime.route import Route
+from vlmo_kernels.tuning import tables
 
 from .activations import activate
 
@@ -361,6 +362,11 @@ def persistent_grid(tiles: int, device: torch.device) -> tuple[int]:
     return (min(tiles, 2 * processors(device)),)
 
 
+def problem(dtype: torch.dtype, rows: int, n: int, k: int, gated: bool) -> tables.Problem:
+    """The forward GEMM in the tables: sizes T, N, K, configurations in the order of `Config`."""
+    return tables.Problem("gemm gated" if gated else "gemm", dtype, (rows, n, k))
+
+
 def gemm(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -389,20 +395,31 @@ def gemm(
     rows, k = x.shape
     n = weights[0].shape[0]
     gated = up_weights is not None
-    y = x.new_empty(rows, n, dtype=x.dtype if residual is None else residual.dtype)
-    pre = x.new_empty(rows, n) if save else None
-    up = x.new_empty(rows, n) if save and gated else None
+    out_dtype = x.dtype if residual is None else residual.dtype
     if rows == 0 or n == 0:
-        return y, pre, up
+        inner = x.new_empty(rows, n) if save else None
+        return x.new_empty(rows, n, dtype=out_dtype), inner, inner if gated else None
     x = row_major(x)
     residual = None if residual is None else row_major(residual)
+    choice = tables.find(problem(x.dtype, rows, n, k, gated), x.device)
+    if choice is not None and choice.config == tables.CUBLAS:
+        from . import cublas  # it is made of this module's device code
+
+        if cublas.usable(route, x.device):
+            return cublas.gemm(
+                x, weights, biases, route, activation, up_weights, up_biases, gamma, row_scale, residual, save
+            )
+        choice = None
+    y = x.new_empty(rows, n, dtype=out_dtype)
+    pre = x.new_empty(rows, n) if save else None
+    up = x.new_empty(rows, n) if save and gated else None
     experts = [e for _, _, e in route.segments]
     w, _ = pointers_of(weights, experts)
     b, bias_mask = pointers_of(biases, experts)
     wu, _ = pointers_of(up_weights, experts)
     bu, bias_up_mask = pointers_of(up_biases, experts)
     g, gamma_mask = pointers_of(gamma, experts)
-    c = config_for(x.dtype, rows, gated, capability(x.device))
+    c = Config(*choice.config) if choice else config_for(x.dtype, rows, gated, capability(x.device))
     tiles = row_tile_bound(rows, len(experts), c.bm) * triton.cdiv(n, c.bn)
     with on_device(x):
         gemm_kernel[persistent_grid(tiles, x.device)](

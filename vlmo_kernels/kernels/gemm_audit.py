@@ -55,6 +55,10 @@ def audit_cases() -> list[AuditCase]:
     return cases + _reductions()
 
 
+# With Triton 3.6 nothing is spilled here.
+_NEWEST = dict(allowed_spill=16, reason="Triton 3.9, 128 registers for two blocks an SM")
+
+
 def _configs(choose) -> list[tuple[Config, tuple[int, ...]]]:
     """Every configuration, with the architectures that use it."""
     by_config: dict[Config, list[int]] = {}
@@ -115,7 +119,7 @@ def _input_grad(
     return [
         AuditCase(
             input_grad_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
-            maxnreg=c.maxnreg, divisible=divisible, archs=archs,
+            maxnreg=c.maxnreg, divisible=divisible, archs=archs, **_NEWEST if inner and c.maxnreg else {},
         )
         for c, archs in _configs(lambda capability: input_config_for(dtype, rows, inner, gated, capability))
     ]  # fmt: skip

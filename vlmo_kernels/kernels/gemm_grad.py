@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vlmo_kernels.runtime.route import Route
+from vlmo_kernels.tuning import tables
 
 from .activations import activate_with_derivative
 from .gemm import (
@@ -256,12 +257,27 @@ def input_config_for(
     """The forward's tiles with one accumulator.
 
     A gated epilogue keeps six values an element, so it takes quarters and more than 128 registers (a whole tile
-    spills 1.7 KB); a plain activation in fp32 takes quarters (halves spill 8 bytes on sm_100).
+    spills 1.7 KB). A plain activation takes quarters in fp32, where halves spill 8 bytes on sm_100, and on sm_90, where
+    they spill 72 with Triton 3.9 (quarters 16; with 3.6 nothing does).
     """
     c = config_for(dtype, rows, False, capability)
     if gated:
         return c._replace(parts=4, maxnreg=None)
-    return c._replace(parts=4) if activated and dtype == torch.float32 else c
+    quarters = activated and (dtype == torch.float32 or (capability is not None and capability[0] == 9))
+    return c._replace(parts=4) if quarters else c
+
+
+def input_problem(
+    dtype: torch.dtype, rows: int, n: int, k: int, activated: bool, gated: bool
+) -> tables.Problem:
+    """The gradient of the input in the tables: sizes T, N, K of the product, in the order of `Config`."""
+    kind = " gated" if gated else " activated" if activated else ""
+    return tables.Problem("input grad" + kind, dtype, (rows, n, k))
+
+
+def weight_problem(dtype: torch.dtype, rows: int, n: int, k: int, summed: bool) -> tables.Problem:
+    """The gradient of a weight `[N, K]` in the tables; `summed`: LayerScale needs it before it is rounded."""
+    return tables.Problem("weight grad summed" if summed else "weight grad", dtype, (rows, n, k))
 
 
 def input_grad(
@@ -291,7 +307,17 @@ def input_grad(
     n = weights[0].shape[1]
     dy = row_major(dy)
     dy_up = None if dy_up is None else row_major(dy_up)
-    c = input_config_for(dy.dtype, rows, pre is not None, up is not None, capability(dy.device))
+    activated, gated = pre is not None, up is not None
+    choice = tables.find(input_problem(dy.dtype, rows, n, k, activated, gated), dy.device) if rows else None
+    if choice is not None and choice.config == tables.CUBLAS:
+        from . import cublas  # it is made of this module's device code
+
+        if cublas.usable(route, dy.device):
+            return cublas.input_grad(
+                dy, weights, route, dy_up, up_weights, row_scale, activation, pre, up, save_hidden, save_db, zero_tail
+            )
+        choice = None
+    c = Config(*choice.config) if choice else input_config_for(dy.dtype, rows, activated, gated, capability(dy.device))
     experts = [e for _, _, e in route.segments]
     row_tiles = row_tile_bound(rows, len(experts), c.bm)
 
@@ -379,11 +405,20 @@ def weight_grad(
     segments = tuple(s for e in experts for s in route.segments if s[2] == e)
     dy, x = row_major(dy), row_major(x)
     aligned = all(t.stride(0) * t.element_size() % 16 == 0 for t in (dy, x))
-    c = weight_config_for(dy.dtype, aligned, capability(dy.device))
+    has_gamma = gamma is not None and any(gamma[e] is not None for e in experts)
+    summed = has_gamma or any_dot
+    choice = tables.find(weight_problem(dy.dtype, dy.shape[0], n, k, summed), dy.device) if aligned else None
+    if choice is not None and choice.config == tables.CUBLAS:
+        from . import cublas  # it is made of this module's device code
+
+        if cublas.usable(route, dy.device) and not summed:
+            cublas.weight_grad(dy, x, route, dw)
+            return dw, dot
+        choice = None
+    c = Config(*choice.config) if choice else weight_config_for(dy.dtype, aligned, capability(dy.device))
     tiles = triton.cdiv(n, c.bm) * triton.cdiv(k, c.bn)
     splits = splits_for(dy.shape[0], tiles, c.bk, processors(dy.device))
-    has_gamma = gamma is not None and any(gamma[e] is not None for e in experts)
-    to_partial = splits > 1 or has_gamma or any_dot or len(segments) > len(experts)
+    to_partial = splits > 1 or summed or len(segments) > len(experts)
     partial = dy.new_empty(len(segments) * splits, n, k, dtype=torch.float32) if to_partial else None
     outs, _ = pointers_of(dw, [e for _, _, e in segments])
     with on_device(dy):

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vlmo_kernels.runtime.ffn_weights import FFNWeights
 from vlmo_kernels.runtime.route import Route
+from vlmo_kernels.tuning.tables import Problem
 
 from . import bias_grad, inner_norm
 from .activations import GATED
-from .gemm import gemm
-from .gemm_grad import input_grad, weight_grad
+from .gemm import gemm, problem
+from .gemm_grad import input_grad, input_problem, weight_grad, weight_problem
 from .routed_linear import layer_grads, scaled_weights
 
 Optional = torch.Tensor | None
+
+
+def problems(call: dict[str, Any], dtype: torch.dtype) -> list[Problem]:
+    """The launches of a call of the public op that the tables know, forward and backward."""
+    (rows, d), (width, f) = call["x"].shape, call["w2"][0].shape
+    gated, fused = call["activation"] in GATED, call["inner_norm"] is None
+    summed = any(gamma is not None for gamma in call["gamma"] or ())
+    return [
+        problem(dtype, rows, f, d, gated),
+        problem(dtype, rows, width, f, False),
+        input_problem(dtype, rows, f, width, fused, fused and gated),
+        input_problem(dtype, rows, d, f, False, False),
+        weight_problem(dtype, rows, width, f, summed),
+        weight_problem(dtype, rows, f, d, False),
+    ]
 
 
 def forward(

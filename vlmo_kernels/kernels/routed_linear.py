@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vlmo_kernels.runtime.route import Route
+from vlmo_kernels.tuning.tables import Problem
 
 from . import bias_grad
-from .gemm import gemm
-from .gemm_grad import input_grad, weight_grad
+from .gemm import gemm, problem
+from .gemm_grad import input_grad, input_problem, weight_grad, weight_problem
 
 Optional = torch.Tensor | None
+
+
+def problems(call: dict[str, Any], dtype: torch.dtype) -> list[Problem]:
+    """The launches of a call of the public op that the tables know, forward and backward."""
+    rows, (n, k) = call["x"].shape[0], call["weights"][0].shape
+    summed = any(gamma is not None for gamma in call["gamma"] or ())
+    return [
+        problem(dtype, rows, n, k, False),
+        input_problem(dtype, rows, k, n, False, False),
+        weight_problem(dtype, rows, n, k, summed),
+    ]
 
 
 def forward(

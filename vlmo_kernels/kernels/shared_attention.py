@@ -6,14 +6,13 @@ gradient adds a fill and two. Grids come from T, B and max_seqlen alone, so noth
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from ..runtime.audit_case import AuditCase
+from ..tuning import tables
 from .attention_bwd import (
     attention_dbias_kernel,
     attention_dkdv_kernel,
@@ -39,14 +38,17 @@ class Config(NamedTuple):
 
 # By kernel and padded head dimension (64 stands for less), 16-bit inputs on sm_90 and sm_100, whose matrix
 # units read shared memory. A larger tile spills in its dearest variant (bias, causal, prefix). dkdv at 256
-# is the one whose tiles are below the 64 rows of a wgmma: with 64 keys 192 to 292 bytes spill.
+# is the one whose tiles are below the 64 rows of a wgmma: with 64 keys 192 to 292 bytes spill. dkdv at 128: with 128
+# keys grouped queries spill on sm_100, and with a bias Triton 3.6 does not compile it.
 _HOPPER = {
     "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
-    "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
+    "dkdv": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
     "short": {64: (256, 32, 8, 2), 128: (128, 32, 8, 2)},
     "dbias": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
 }
+# sm_100: five products of 256 queries leave tensor memory through registers, and with a mask 404 to 1124 bytes spill.
+_BLACKWELL = _HOPPER | {"short": {64: (128, 32, 8, 2), 128: (64, 32, 4, 2)}}
 # The same on all other parts: operands pass through registers, and shared memory may be 99 KiB.
 _OTHER = {
     "fwd": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
@@ -59,31 +61,44 @@ _OTHER = {
 _FP32 = {
     "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
     "dq": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
-    "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "dkdv": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "short": {64: (64, 16, 8, 1)},
     "dbias": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
-_FP32_OTHER = _FP32 | {"dq": {**_FP32["dq"], 256: (16, 16, 8, 1)}}
+# 16 bits with a head_dim that 4 does not divide (34 in VLMo base_plus): rows travel 4 bytes at a time, through
+# registers. Better to pad the heads in the QKV weight: 34 to 40.
+_UNALIGNED = {
+    9: {"dkdv": {64: (64, 64, 8, 2)}, "short": {64: (256, 16, 8, 2)}},
+    10: {"dkdv": {64: (64, 64, 8, 2)}},
+}
+_UNALIGNED_OTHER = {"dq": {64: (128, 16, 8, 2)}, "dkdv": {64: (32, 64, 8, 1)}, "dbias": {64: (64, 32, 8, 1)}}
+_FP32_OTHER = _FP32 | {"dq": {**_FP32["dq"], 256: (16, 16, 8, 1)}}  # 32 x 32 needs 132 KiB
 
 
 def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _entry(kernel: str, itemsize: int, head_dim: int, hopper: bool) -> tuple[int, ...] | None:
-    wide, narrow = (_FP32, _HOPPER) if hopper else (_FP32_OTHER, _OTHER)
-    table = wide if itemsize == 4 else narrow
-    return table[kernel].get(max(padded_head_dim(head_dim), 64))
+def _entry(kernel: str, itemsize: int, head_dim: int, arch: int) -> tuple[int, ...] | None:
+    family = arch // 10
+    if itemsize == 4:
+        table = _FP32 if family in (9, 10) or arch == 80 else _FP32_OTHER
+    else:
+        table = {9: _HOPPER, 10: _BLACKWELL}.get(family, _OTHER)
+    bucket = max(padded_head_dim(head_dim), 64)
+    if itemsize == 2 and head_dim % 4:  # rows of 4-byte pieces
+        tiles = _UNALIGNED.get(family, _UNALIGNED_OTHER)
+        table = table | {name: {**table[name], **row} for name, row in tiles.items()}
+    return table[kernel].get(bucket)
 
 
-def config_for(
-    kernel: str, itemsize: int, head_dim: int, max_seqlen: int, *, bias: bool, hopper: bool
-) -> Config | None:
+def config_for(kernel: str, itemsize: int, head_dim: int, max_seqlen: int, *, bias: bool, arch: int) -> Config | None:
     """The configuration of `"fwd" | "dq" | "dkdv" | "short" | "dbias"`; None where the kernel has none.
 
-    `max_seqlen` counts only by bucket: lengths change from batch to batch, configurations are compiled.
+    `max_seqlen` counts only by bucket: lengths change from batch to batch, configurations are compiled. `arch`: 90 for
+    compute capability 9.0.
     """
-    entry = _entry(kernel, itemsize, head_dim, hopper)
+    entry = _entry(kernel, itemsize, head_dim, arch)
     if entry is None:
         return None
     config = Config(*entry)
@@ -96,9 +111,8 @@ def config_for(
         return config._replace(block_m=rows)
     if kernel == "dkdv" and bias:
         if config.block_m == 64:
-            config = config._replace(block_m=32)  # 64 x 128 spills 24 bytes with a bias and a causal mask
-        elif config[:2] == (32, 128) and padded_head_dim(head_dim) == 128:
-            config = config._replace(block_n=64)  # at 128, Triton 3.6 fails to compile for sm_100
+            # 64 x 128 spills 24 bytes with a bias and a causal mask; 32 x 64 of head_dim 34 does not compile for sm_100
+            config = config._replace(block_m=32, block_n=128)
     if kernel == "fwd" and max_seqlen <= 64 and config.block_m > 64:  # text only: half of 128 rows would idle
         return config._replace(block_m=64, warps=4 if head_dim <= 64 else 8)
     return config
@@ -123,7 +137,7 @@ def forward(
         return o, lse
     q, k, v = (_rows_contiguous(t) for t in (q, k, v))
     bias = None if bias is None else _rows_contiguous(bias)
-    config = config_for("fwd", **_picked_by(q, seqs, bias))
+    config = _config("fwd", q, seqs, bias, causal)
     tiles, tiles_per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
     align, strides = _strides(q, k, v)
     with torch.cuda.device_of(q):
@@ -170,8 +184,7 @@ def backward(
     constants = _constants(q, k, bias, align, causal, prefix)
     tables = (seqs.cu_seqlens, seqs.rows, seqs.positions, bias, _prefix(causal, prefix))
     factors = (scale, _score_scale(scale, q, bias), batch, tokens)
-    pick = _picked_by(q, seqs, bias)
-    short = config_for("short", **pick) if k.shape[1] == heads else None
+    short = _config("short", q, seqs, bias, causal) if k.shape[1] == heads else None
     dbias = None
     with torch.cuda.device_of(q):
         if short is not None:
@@ -183,7 +196,7 @@ def backward(
                 **_launch(short),
             )  # fmt: skip
         else:
-            config = config_for("dq", **pick)
+            config = _config("dq", q, seqs, bias, causal)
             tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_m)
             attention_dq_kernel[(tiles * heads,)](
                 q, k, v, o, do, lse, delta, *grads, *tables, *factors, per_sample,
@@ -193,7 +206,7 @@ def backward(
                 **constants,
                 **_launch(config),
             )  # fmt: skip
-            config = config_for("dkdv", **pick)
+            config = _config("dkdv", q, seqs, bias, causal)
             tiles, per_sample = _tiles(tokens, batch, seqs.max_seqlen, config.block_n)
             attention_dkdv_kernel[(tiles * k.shape[1],)](
                 q, k, v, do, lse, delta, *grads[1:], *tables, *factors, per_sample,
@@ -219,7 +232,7 @@ def _bias_gradient(q, k, v, do, lse, delta, seqs, bias, causal, prefix, scale) -
         return dbias
     inverse = torch.full((batch, length), -1, dtype=torch.int32, device=q.device)
     row_of_position_kernel[(batch,)](inverse, seqs.cu_seqlens, seqs.rows, seqs.positions, length, BLOCK=256)
-    config = config_for("dbias", **_picked_by(q, seqs, bias))
+    config = _config("dbias", q, seqs, bias, causal)
     align, strides = _strides(q, k, v)
     tiles = triton.cdiv(length, config.block_m) * triton.cdiv(length, config.block_n)
     attention_dbias_kernel[(tiles * heads,)](
@@ -231,12 +244,39 @@ def _bias_gradient(q, k, v, do, lse, delta, seqs, bias, causal, prefix, scale) -
     return dbias
 
 
-def _picked_by(q: torch.Tensor, seqs, bias: Optional) -> dict:
-    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    return dict(
-        itemsize=q.element_size(), head_dim=q.shape[-1], max_seqlen=seqs.max_seqlen,
-        bias=bias is not None, hopper=hopper,
-    )  # fmt: skip
+def problem(
+    kernel: str, dtype: torch.dtype, max_seqlen: int, head_dim: int, bias: bool, causal: bool
+) -> tables.Problem:
+    """One of the kernels of `config_for` in the tables: sizes max_seqlen and head_dim, in the order of `Config`."""
+    masks = " bias" * bias + " causal" * causal
+    return tables.Problem(f"attention {kernel}{masks}", dtype, (max_seqlen, head_dim))
+
+
+def problems(call: dict[str, Any], dtype: torch.dtype) -> list[tables.Problem]:
+    """The launches of a call of the public op that the tables know, forward and backward."""
+    q, length, bias = call["q"], call["layout"].max_seqlen, call["bias"] is not None
+    kernels = ("fwd", "dq", "dkdv", "short") + ("dbias",) * bias
+    return [problem(name, dtype, length, q.shape[-1], bias, call["causal"]) for name in kernels]
+
+
+def _config(kernel: str, q: torch.Tensor, seqs, bias: Optional, causal: bool) -> Config | None:
+    """The measured configuration, else that of the heuristics. None ("long" in a table): the kernel is not taken."""
+    sizes = dict(head_dim=q.shape[-1], max_seqlen=seqs.max_seqlen, bias=bias is not None)
+    choice = tables.find(problem(kernel, q.dtype, causal=causal, **sizes), q.device)
+    if choice is not None:
+        if choice.config == tables.LONG:
+            return None
+        config = Config(*choice.config)
+        if kernel != "short" or seqs.max_seqlen <= config.block_m:
+            return config
+    return config_for(kernel, q.element_size(), arch=_architecture(q.device), **sizes)
+
+
+def _architecture(device: torch.device) -> int:
+    if device.type == "cpu":  # the interpreter
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _unit_stride(t: torch.Tensor) -> bool:
@@ -293,102 +333,3 @@ def _launch(config: Config) -> dict:
         BM=config.block_m, BN=config.block_n, STAGES=config.stages,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-
-
-_KERNELS = {
-    "fwd": attention_fwd_kernel,
-    "dq": attention_dq_kernel,
-    "dkdv": attention_dkdv_kernel,
-    "short": attention_short_bwd_kernel,
-    "dbias": attention_dbias_kernel,
-}
-_HOPPER_ARCHS, _OTHER_ARCHS = (90, 100), (80, 120)
-
-
-def audit_cases() -> list[AuditCase]:
-    """Every kernel and table at the head dimensions in use: plain, and with bias, causal mask and prefix."""
-    cases = []
-    for kernel, head_dim, hopper in itertools.product(("fwd", "short"), (64, 128), (True, False)):
-        cases += [_audit_case(kernel, "bf16", head_dim, 64, masked, hopper) for masked in (False, True)]
-    for kernel in _KERNELS:
-        for hopper in (True, False):
-            for head_dim in (34, 64, 88, 128, 256):
-                if kernel != "dbias":
-                    cases.append(_audit_case(kernel, "bf16", head_dim, 0, False, hopper))
-                cases.append(_audit_case(kernel, "bf16", head_dim, 0, True, hopper))
-        for head_dim in (64, 128, 256):
-            cases += [_audit_case(kernel, "fp32", head_dim, 0, True, hopper) for hopper in (True, False)]
-        cases.append(_audit_case(kernel, "fp16", 64, 0, True, True))
-    single = [case._replace(archs=(arch,)) for case in cases if case is not None for arch in case.archs]
-    return [case._replace(**_allowance(case)) for case in single]
-
-
-# Bytes of spill stores plus loads, by case and architecture.
-_SPILLS = {
-    ("attention dkdv bf16 Dh=34 64x128", 90): 16,
-    ("attention short bf16 Dh=34 bias causal prefix 256x32", 90): 144,
-    ("attention short bf16 Dh=34 256x32", 100): 300,
-    ("attention short bf16 Dh=34 bias causal prefix 256x32", 100): 1124,
-    ("attention short bf16 Dh=64 bias causal prefix 256x32", 100): 836,
-    ("attention short fp16 Dh=64 bias causal prefix 256x32", 100): 836,
-    ("attention short bf16 Dh=88 bias causal prefix 128x32", 100): 48,
-    ("attention short bf16 Dh=128 64x32", 100): 8,
-    ("attention dkdv fp32 Dh=128 bias causal prefix 16x32", 100): 24,
-    ("attention dq bf16 Dh=34 bias causal prefix 128x32", 80): 72,
-    ("attention dkdv bf16 Dh=34 bias causal prefix 32x128", 80): 188,
-    ("attention dbias bf16 Dh=34 bias causal prefix 64x32", 80): 8,
-    ("attention dkdv bf16 Dh=34 bias causal prefix 32x128", 120): 32,
-    ("attention dq fp32 Dh=256 bias causal prefix 16x16", 80): 616,
-    ("attention dq fp32 Dh=256 bias causal prefix 16x16", 120): 556,
-}
-_REASONS = {
-    "short": "sm_100: five products a step leave tensor memory through registers; to be measured on one",
-    "bf16": "rows of 68 bytes are loaded 4 bytes at a time: pad heads of 34 to 40 in the QKV weight",
-    "fp32": "IEEE fp32 without tensor cores: next smaller tiles spill more",
-}
-
-
-def _allowance(case: AuditCase) -> dict:
-    (arch,) = case.archs
-    _, kernel, dtype, *_ = case.name.split()
-    spill = _SPILLS.get((case.name, arch))
-    if spill is None:
-        return {}
-    return dict(allowed_spill=spill, reason=_REASONS["short" if (kernel, arch) == ("short", 100) else dtype])
-
-
-def _audit_case(
-    kernel: str, dtype: str, head_dim: int, max_seqlen: int, masked: bool, hopper: bool
-) -> AuditCase | None:
-    """`masked`: with bias, causal mask and prefix. `max_seqlen` 0: the longest that the kernel takes."""
-    itemsize, function = 4 if dtype == "fp32" else 2, _KERNELS[kernel]
-    entry = _entry(kernel, itemsize, head_dim, hopper)
-    if entry is None:
-        return None
-    length = max_seqlen or (entry[0] if kernel == "short" else 1024)
-    config = config_for(kernel, itemsize, head_dim, length, bias=masked, hopper=hopper)
-    constants = dict(
-        H=12, GROUP=1, DH=head_dim, DHP=padded_head_dim(head_dim), ALIGN=math.gcd(16, head_dim),
-        HAS_BIAS=masked, NATURAL=masked or itemsize == 4, WIDE_BIAS=False,
-        CAUSAL=masked, HAS_PREFIX=masked, PRECISION="ieee",
-        BM=config.block_m, BN=config.block_n, STAGES=config.stages,
-    )  # fmt: skip
-    if not masked:
-        constants |= dict(BIAS=None, PREFIX=None)
-    types = dict.fromkeys(("CU", "ROWS", "POSITIONS", "PREFIX", "INVERSE"), "*i32")
-    types |= dict.fromkeys(("Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "BIAS", "DBIAS"), f"*{dtype}")
-    types |= dict(LSE="*fp32", DELTA="*fp32", scale="fp32", score_scale="fp32")
-    constants = {name: constants[name] for name in function.arg_names if name in constants}
-    signature = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
-    mask = " bias causal prefix" if masked else ""
-    return AuditCase(
-        kernel=function,
-        name=f"attention {kernel} {dtype} Dh={head_dim}{mask} {config.block_m}x{config.block_n}",
-        signature=signature,
-        constants=constants,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        archs=_HOPPER_ARCHS if hopper else _OTHER_ARCHS,
-        # S^T and dk, dv have the key tile as rows: wgmma needs 64; dbias and dq have the query tile.
-        wgmma=itemsize == 2 and (config.block_n if kernel == "dkdv" else config.block_m) >= 64,
-    )

@@ -44,10 +44,10 @@ def instructions() -> str | None:
 @cache
 def _ops(name: str):
     path = FOLDER / f"{name}.so"
+    if name == "vlmo_kernels_cuda" and not torch.version.cuda:
+        return None, "they need a CUDA build of torch"
     if why := _switched_off_or_missing(path.exists()):
         return None, why
-    if name == "vlmo_kernels_cuda" and not torch.version.cuda:
-        return None, "it needs a CUDA build of torch"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:  # made for another system, or for a newer torch

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -26,6 +27,7 @@ class Explanation:
         rejected: implementation to the reason why it does not run.
         how: what the chosen implementation computes with, where it has a choice.
         parts: for an op made of others (`mome_block`), what runs for each.
+        configurations: kernel launch to where its tile sizes come from: the heuristics or a measured table.
     """
 
     op: str
@@ -33,17 +35,19 @@ class Explanation:
     rejected: dict[str, str] = field(default_factory=dict)
     how: str | None = None
     parts: tuple[Explanation, ...] = ()
+    configurations: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen or 'no implementation can run'}"]
         lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
         lines += [f"  {self.chosen} runs {self.how}"] if self.how else []
+        lines += [f"  configuration of {launch}: {source}" for launch, source in self.configurations.items()]
         return "\n".join(lines + ["  " + line for part in self.parts for line in str(part).splitlines()])
 
 
 class _Explained(Exception):
-    def __init__(self, explanation: Explanation) -> None:
-        self.explanation = explanation
+    def __init__(self, explanation: Explanation, request: Request) -> None:
+        self.explanation, self.request = explanation, request
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def select(request: Request, impl: str) -> str:
         return impl
     explanation = _explanation(request, impl)
     if _explaining.get():
-        raise _Explained(explanation)
+        raise _Explained(explanation, request)
     if explanation.chosen is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in explanation.rejected.items())
         raise RuntimeError(
@@ -143,6 +147,16 @@ def select(request: Request, impl: str) -> str:
             f"({reasons}). Hint: impl='reference' runs anywhere, slowly"
         )
     return explanation.chosen
+
+
+def _configurations(function, found: _Explained, args, kwargs) -> dict[str, str]:
+    """Launch to the source of its configuration, for the ops that have tables."""
+    tables = importlib.import_module("vlmo_kernels.tuning.tables")
+    problems = getattr(load(found.request.op, "triton"), "problems", None)
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    known = problems(call.arguments, found.request.dtype) if problems else []
+    return {str(problem): tables.source(problem, found.request.device) for problem in known}
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:
@@ -173,7 +187,8 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     try:
         getattr(ops, op)(*args, **kwargs)
     except _Explained as found:
-        return found.explanation
+        sources = _configurations(getattr(ops, op), found, args, kwargs) if found.explanation.chosen == "triton" else {}
+        return replace(found.explanation, configurations=sources)
     finally:
         _explaining.reset(token)
     raise RuntimeError(f"explain: {op} asked for no implementation")
