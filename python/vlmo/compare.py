@@ -59,10 +59,10 @@ class Setup:
 
     config: str = "small"
     pictures: int = 60_000
-    steps: tuple[int, int, int] = (240, 120, 800)
+    steps: tuple[int, int, int] = (160, 100, 600)
     batch_size: int = 64
-    lr: float = 2e-3
-    question_steps: int = 400
+    lr: float = 8e-4
+    question_steps: int = 300
     question_lr: float = 5e-4
     questions: int = 2000
     gallery: int = 200
