@@ -113,7 +113,7 @@ def run(out: Path, setup: Setup, results: Path | None = None, seed: int = 0, nam
     if setup.max_text_len:
         config = replace(config, max_text_len=setup.max_text_len)
     tokenizer = Tokenizer.train(shapes.vocabulary_captions(), 1000)
-    config = replace(config, vocab_size=tokenizer.vocab_size, attention="sdpa")
+    config = replace(config, vocab_size=tokenizer.vocab_size)
     found: dict[str, dict] = {}
     contestants: dict[str, Contestant] = {}
     for name in [n for n in TITLES if not names or n in names]:
@@ -207,9 +207,7 @@ def _train_vlmo(out: Path, name: str, setup: Setup, seed: int, bf16: bool) -> VL
         )  # fmt: skip
         pretrain(options, recipe)
         start = out / stage
-    model = load_model(start, impl="reference").model
-    model.set_attention("sdpa")  # as the others have it
-    return model
+    return load_model(start, impl="reference").model  # in plain torch, as the others
 
 
 def used_parameters(model: Contestant) -> int:
