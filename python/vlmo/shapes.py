@@ -1,7 +1,8 @@
 """A data set without files: captioned pictures of coloured shapes, questions and statements about them.
 
 Every picture follows from (seed, index, split) alone, on any machine. It shows one to three shapes on a plain
-background and is described exactly: no caption of another meaning is true of it. Four kinds:
+background and is described exactly: no caption of another meaning is true of it. Four kinds, 40, 35, 10 and 15 % of
+the pictures:
 
     place  "a small red circle at the top left on white"
     pair   "a large blue star above a small pink square on gray"
