@@ -154,6 +154,7 @@ def run(out: Path, setup: Setup, results: Path | None = None, seed: int = 0, nam
         write_atomically(path, json.dumps(result, indent=1) + "\n")
     draw(result, out / f"{SUITE}.png")
     table("VLMo and what it is compared with", *rows_of(result), notes_of(result))
+    table("Seconds to rank N images for each of N texts", *times_of(result), "* computed from the largest N measured")
     print(f"{out / f'{SUITE}.json'}, {out / f'{SUITE}.png'}")
 
 
