@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-all | lint | bench | compiled | wheel | clean
+# make demo | demo-vlmo | test | test-slow | test-all | lint | bench | compiled | wheel | clean
 #
 # TORCH=...         the torch to install into .venv (default: the CPU set of constraints.txt)
 # TORCH_INDEX=...   an extra package index to find it on, for instance PyTorch's index of CPU wheels
@@ -26,10 +26,11 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d' ' -f1)
 COMPILED := $(VENV)/.stamp-compiled
 
-.PHONY: help venv compiled wheel demo test test-slow test-all lint bench audit gpu clean
+.PHONY: help venv compiled wheel demo demo-vlmo test test-slow test-all lint bench audit gpu clean
 
 help:
 	@echo "make demo      swap the kernels into VLMo-Base: check, time, table and chart in out/demo/"
+	@echo "make demo-vlmo pre-train VLMo in three stages on this CPU and measure it: table and curves in out/demo-vlmo/"
 	@echo "make test      lint and the fast tests"
 	@echo "make test-all  make test, then the slow tests and the wheel check (make test-slow)"
 	@echo "make lint      ruff alone"
@@ -101,6 +102,9 @@ device-python:
 
 demo: $(READY)
 	$(RUN) demo $(if $(filter-out cpu,$(DEVICE)),--device $(DEVICE)) $(DEMO_ARGS)
+
+demo-vlmo: $(STAMP) $(COMPILED)
+	$(VENV)/bin/vlmo demo $(DEMO_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

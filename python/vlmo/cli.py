@@ -1,4 +1,4 @@
-"""`vlmo`: pretrain here, finetune, evaluate, embed and retrieve in `cli_tasks`. What they do lives in other modules."""
+"""`vlmo`: pretrain, demo and compare here, the others in `cli_tasks`. What they do lives in other modules."""
 
 from __future__ import annotations
 
@@ -110,6 +110,43 @@ if typer is not None:
             ),
             recipe,
         )  # fmt: skip
+
+    @app.command()
+    def demo(
+        out: Annotated[Path, typer.Option(help="Folder of the results, the curves and the models.")] = Path(
+            "out/demo-vlmo"
+        ),
+        quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything; nothing is asked.")] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with one that was stopped.")] = False,
+        impl: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+        precision: Annotated[Precision | None, typer.Option(help="Default: bf16 where the CPU has it.")] = None,
+        seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    ) -> None:
+        """The three stages on generated pictures, on a CPU; then retrieval, matching and masked words, measured."""
+        from .demo_vlmo import FULL, QUICK, run
+
+        sys.exit(run(out, QUICK if quick else FULL, seed, impl, precision.value if precision else None, resume))
+
+    @app.command()
+    def compare(
+        out: Annotated[Path, typer.Option(help="Folder of the result, the chart and VLMo's runs.")] = Path(
+            "out/compare"
+        ),
+        results: Annotated[Path | None, typer.Option(help="Another place for the result file, to commit it.")] = None,
+        quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything.")] = False,
+        steps: Annotated[
+            tuple[int, int, int] | None, typer.Option(help="Of the three stages; all others take the sum.")
+        ] = None,
+        only: Annotated[list[str] | None, typer.Option(help="dual, fusion, towers, vlmo_scratch, vlmo.")] = None,
+        seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    ) -> None:
+        """VLMo beside dual encoder, fusion encoder and separate encoders under fusion, trained small and measured."""
+        from dataclasses import replace
+
+        from .compare import QUICK, Setup, run
+
+        setup = QUICK if quick else Setup()
+        run(out, replace(setup, steps=steps) if steps else setup, results, seed, tuple(only or ()))
 
     from .cli_tasks import add_commands
 

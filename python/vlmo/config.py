@@ -24,6 +24,7 @@ class VLMoConfig:
     drop_path: DropPath rate of the last layer, growing linearly from 0. The published code uses the same
         number as dropout rate of the text embeddings, and so does this one.
     num_token_types: rows of `token_type_embeddings`: text, image, and for NLVR2 a second image.
+    init_std: of freshly initialised matrices and embeddings; 0.02 as published, for a narrow model more.
     heads: which of "mlm", "itm", "itc", "irtr" exist. "irtr" (retrieval fine-tuning) has the two modality
         projections of "itc" alone.
     attention: "published" (score matrices in fp32) or "sdpa" (torch's fused attention).
@@ -44,6 +45,7 @@ class VLMoConfig:
     layer_scale_init: float | None = 0.1
     relative_position_bias: bool = True
     drop_path: float = 0.1
+    init_std: float = 0.02
     heads: tuple[str, ...] = ("mlm", "itm", "itc")
     attention: str = "published"
 
@@ -112,17 +114,21 @@ CONFIGS: dict[str, VLMoConfig] = {
         relative_position_bias=False,
     ),
     "large": VLMoConfig(dim=1024, depth=24, num_heads=16, vlffn_start=21),
-    # To be trained on a CPU in minutes, on generated pictures.
+    # To be trained on a CPU in minutes, on generated pictures. Absolute positions, because a relative bias does not
+    # tell [CLS] where a patch lies, and captions say it.
     "small": VLMoConfig(
-        dim=128,
-        depth=6,
-        num_heads=4,
-        vlffn_start=4,
-        image_size=64,
-        patch_size=8,
-        max_text_len=20,
-        text_only_len=24,
+        dim=256,
+        depth=3,
+        num_heads=8,
+        vlffn_start=2,
+        image_size=60,
+        patch_size=12,
+        max_text_len=18,
+        text_only_len=18,
+        layer_scale_init=None,
+        relative_position_bias=False,
         drop_path=0.0,
+        init_std=0.04,
     ),
     # For tests: two layers of each kind, every dimension different from the others.
     "tiny": VLMoConfig(

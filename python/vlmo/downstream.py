@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import VLMoConfig
 from .data import CORRUPT, Batch, Report, image_tensor, load_image
 from .distributed import rank, world_size
-from .model import INIT_STD, VLMo
+from .model import VLMo
 from .objectives import contrastive_loss
 from .tasks import Example, Examples
 from .tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from .train import decays
 TASKS = ("retrieval", "vqa", "nlvr2")
 # New classifiers learn this much faster than the pre-trained rest, as in ViLT's fine-tuning (Kim et al. 2021).
 HEAD_LR = 10.0
+_HEAD_STD = 0.02  # as published
 
 
 class VLMoForVQA(VLMo):
@@ -30,7 +31,7 @@ class VLMoForVQA(VLMo):
 
     def __init__(self, config: VLMoConfig, num_answers: int) -> None:
         super().__init__(config)
-        self.vqa_classifier = _classifier(config.dim, 2 * config.dim, num_answers)
+        self.vqa_classifier = classifier(config.dim, 2 * config.dim, num_answers)
 
     def classify(self, images: tuple[Tensor, ...], text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """One image [B, 3, S, S] in a tuple, and questions, to logits [B, num_answers]."""
@@ -47,7 +48,7 @@ class VLMoForNLVR2(VLMo):
                 "Hint: dataclasses.replace(config, num_token_types=3); load_checkpoint fills the third."
             )
         super().__init__(config)
-        self.nlvr2_classifier = _classifier(2 * config.dim, 2 * config.dim, 2)
+        self.nlvr2_classifier = classifier(2 * config.dim, 2 * config.dim, 2)
 
     def classify(self, images: tuple[Tensor, ...], text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Two images [B, 3, S, S], and statements, to logits [B, 2]."""
@@ -55,10 +56,10 @@ class VLMoForNLVR2(VLMo):
         return self.nlvr2_classifier(torch.cat(sides, dim=1))
 
 
-def _classifier(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+def classifier(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     classifier = nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, outputs))
     for linear in (classifier[0], classifier[3]):
-        nn.init.normal_(linear.weight, std=INIT_STD)
+        nn.init.normal_(linear.weight, std=_HEAD_STD)
         nn.init.zeros_(linear.bias)
     return classifier
 

@@ -21,8 +21,6 @@ from .position import (
 )
 from .transformer import MultiwayTransformer, TextEmbeddings
 
-INIT_STD = 0.02
-
 
 class VLMoOutput(NamedTuple):
     """What a pass returns; None where the pass has no such thing.
@@ -91,21 +89,21 @@ class VLMo(nn.Module):
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=INIT_STD)
+                    nn.init.normal_(module.weight, std=config.init_std)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
                 elif isinstance(module, nn.Embedding):
-                    nn.init.normal_(module.weight, std=INIT_STD)
+                    nn.init.normal_(module.weight, std=config.init_std)
                 elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
                     module.reset_parameters()
                 elif isinstance(module, MLMHead):
                     nn.init.zeros_(module.bias)
             for module in self.transformer.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=INIT_STD)
-            nn.init.trunc_normal_(self.transformer.cls_token, std=INIT_STD)
+                    nn.init.trunc_normal_(module.weight, std=config.init_std)
+            nn.init.trunc_normal_(self.transformer.cls_token, std=config.init_std)
             if self.transformer.pos_embed is not None:
-                nn.init.trunc_normal_(self.transformer.pos_embed, std=INIT_STD)
+                nn.init.trunc_normal_(self.transformer.pos_embed, std=config.init_std)
             if self.relative_position_bias_table is not None:
                 nn.init.zeros_(self.relative_position_bias_table)
             for block in self.transformer.blocks:

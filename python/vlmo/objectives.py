@@ -23,7 +23,7 @@ from .config import VLMoConfig
 from .data import Batch
 from .distributed import gather, gather_with_grad, global_mean, rank
 from .masking import MaskedText, mask_patches, mask_words
-from .model import INIT_STD, VLMo
+from .model import VLMo
 from .packed import Plan, encode, make_plan
 from .tokenizer import Tokenizer
 
@@ -85,8 +85,8 @@ class PixelHead(nn.Module):
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(config.dim))
         self.decoder = nn.Linear(config.dim, config.in_channels * config.patch_size**2)
-        nn.init.normal_(self.mask_token, std=INIT_STD)
-        nn.init.normal_(self.decoder.weight, std=INIT_STD)
+        nn.init.normal_(self.mask_token, std=config.init_std)
+        nn.init.normal_(self.decoder.weight, std=config.init_std)
         nn.init.zeros_(self.decoder.bias)
 
     def forward(self, x: Tensor) -> Tensor:
