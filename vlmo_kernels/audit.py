@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .bench.display import progress
 from .runtime.audit_case import AuditCase
 
 ARCHS = (80, 90, 100, 120)
@@ -70,8 +71,14 @@ def audit(
     if workers <= 1:
         return [_audit_job(job) for job in jobs]
     # processes, for Triton compiles under the interpreter lock; spawned, for torch's threads survive no fork
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_audit_job, jobs))
+    rows = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn) as pool, progress("audit", len(jobs)) as bar:
+        found = pool.map(_audit_job, jobs)
+        for module, _, arch in jobs:
+            bar.step(f"{module.rpartition('.')[2]} for sm_{arch}")
+            rows.append(next(found))
+    return rows
 
 
 def _cases(module: str, arch: int, brief: bool) -> list[tuple[int, AuditCase]]:
@@ -211,9 +218,12 @@ def table(rows: Sequence[AuditRow]) -> str:
     )
 
 
-def main(archs: Sequence[int] = ARCHS, modules: Sequence[str] | None = None, brief: bool = False) -> int:
-    """Print the table; 0 where every kernel is within its limits, else 1."""
-    rows = audit(kernel_modules() if modules is None else modules, archs, brief=brief)
+def main(archs: Sequence[int] = (), modules: Sequence[str] = (), brief: bool = False) -> int:
+    """Print the table (default: of everything); 0 where every kernel is within its limits, else 1."""
+    for arch in archs:
+        if arch not in ARCHS:
+            raise ValueError(f"audit: arch must be one of {', '.join(map(str, ARCHS))}, got {arch}")
+    rows = audit(modules or kernel_modules(), archs or ARCHS, brief=brief)
     print(table(rows))
     breaches = sum(bool(row.breach) for row in rows)
     print(f"{len(rows)} compiled, {breaches} in breach of a limit")
@@ -223,7 +233,7 @@ def main(archs: Sequence[int] = ARCHS, modules: Sequence[str] | None = None, bri
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="vlmo-kernels audit", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS)
-    parser.add_argument("--module", nargs="+", help="modules with audit_cases (default: every kernel module)")
+    parser.add_argument("--module", nargs="+", default=(), help="modules with audit_cases (default: all)")
     parser.add_argument("--brief", action="store_true", help="one configuration of every kernel")
     arguments = parser.parse_args()
     sys.exit(main(arguments.arch, arguments.module, arguments.brief))

@@ -61,6 +61,8 @@ def run(device: str = "", ops: Sequence[str] = (), dtypes: Sequence[str] = (), c
             if name not in known:
                 raise ValueError(f"check: {kind} must be one of {', '.join(known)}, got {name!r}")
     devices = [device] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if not set(devices) <= {"cpu", "cuda"}:
+        raise ValueError(f"check: device must be cpu or cuda, got {device!r}")
     if "cuda" in devices and not torch.cuda.is_available():
         raise RuntimeError("check: device cuda needs a GPU that torch can use, none was found")
     chosen = {name: DTYPES[name] for name in dtypes or DTYPES}

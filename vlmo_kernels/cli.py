@@ -75,7 +75,7 @@ def _app():
 
     @app.command()
     def demo(
-        config: Annotated[str, typer.Option(help="Size of VLMo: base, base_plus, large, tiny.")] = "base",
+        config: Annotated[str, typer.Option(help="Size of VLMo: base, base_plus, large, small, tiny.")] = "base",
         checkpoint: Annotated[str | None, typer.Option(help="Weights; random by default.")] = None,
         vocab: Annotated[str | None, typer.Option(help="BERT vocab.txt; by default trained on the captions.")] = None,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -131,9 +131,12 @@ def _app():
         _run("bench.run", "compare", base, head, threshold)
 
     @app.command()
-    def audit() -> None:
+    def audit(
+        arch: Annotated[list[int] | None, typer.Option(help="80, 90, 100, 120; may be repeated; default: all.")] = None,
+        brief: Annotated[bool, typer.Option("--brief", help="One configuration of every kernel.")] = False,
+    ) -> None:
         """Compile every Triton kernel for GPUs that are not there and read what came out."""
-        _run("audit", "main")
+        _run("audit", "main", tuple(arch or ()), (), brief)
 
     @app.command()
     def tune(

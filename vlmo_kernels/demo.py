@@ -52,6 +52,10 @@ class Outcome:
 
 def run(options: Options) -> int:
     """The whole demo; 0 where all contestants agree, else 1."""
+    if options.device not in ("cpu", "cuda"):
+        raise ValueError(f"demo: device must be cpu or cuda, got {options.device!r}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("demo: device cuda needs a GPU that torch can use, none was found. Hint: vlmo-kernels info")
     model_part = _model_part()
     dtypes = _dtypes(options)
     names = list(model_part.CONTESTANTS)

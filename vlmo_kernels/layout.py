@@ -74,12 +74,18 @@ class ModalityLayout:
             device: where the tables go.
 
         Raises:
+            TypeError: `lengths` is no mapping, or holds a length that is no integer.
             ValueError: no modality, unequal numbers of samples, or a negative length.
 
         Example:
             >>> ModalityLayout.from_lengths({"text": [7, 3], "image": 197}).rows.shape
             torch.Size([404])
         """
+        if not isinstance(lengths, Mapping):
+            raise TypeError(
+                f"ModalityLayout.from_lengths: `lengths` must map modalities to lengths, got {type(lengths).__name__}. "
+                'Hint: {"text": [7, 3], "image": 197}'
+            )
         if not lengths:
             raise ValueError(
                 "ModalityLayout.from_lengths: `lengths` must name at least one modality, got none"

@@ -116,7 +116,7 @@ if typer is not None:
         out: Annotated[Path, typer.Option(help="Folder of the results, the curves and the models.")] = Path(
             "out/demo-vlmo"
         ),
-        quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything; nothing is asked.")] = False,
+        quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, figures not judged.")] = False,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with one that was stopped.")] = False,
         impl: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
         precision: Annotated[Precision | None, typer.Option(help="Default: bf16 where the CPU has it.")] = None,

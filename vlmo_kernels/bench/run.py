@@ -32,7 +32,9 @@ def run(
     for name in cases:
         if name not in CASES:
             raise ValueError(f"bench: case must be one of {', '.join(CASES)}, got {name!r}")
-    if device != "cpu" and not torch.cuda.is_available():
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"bench: device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"bench: device {device!r} needs a GPU that torch can use, none was found")
     module = importlib.import_module(f"vlmo_kernels.bench.{suite}")
     chosen = [DTYPES[d] for d in dtypes] or _default_dtypes(device)

@@ -28,7 +28,8 @@ class SwapReport:
             instance.undo(self._modules.pop())
 
     def __str__(self) -> str:
-        lines = [f"swapped {len(self.replaced)} modules, left {len(self.left)} alone"]
+        count = len(self.replaced)
+        lines = [f"swapped {count} module{'s' * (count != 1)}, left {len(self.left)} alone"]
         lines += [f"  {path}: {what}" for path, what in self.replaced.items()]
         lines += [f"  {path}: left alone, {why}" for path, why in self.left.items()]
         return "\n".join(lines)
