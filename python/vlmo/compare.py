@@ -59,7 +59,7 @@ class Setup:
 
     config: str = "small"
     pictures: int = 60_000
-    steps: tuple[int, int, int] = (160, 100, 600)
+    steps: tuple[int, int, int] = (160, 100, 1000)
     batch_size: int = 64
     lr: float = 8e-4
     question_steps: int = 300

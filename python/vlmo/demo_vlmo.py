@@ -56,7 +56,7 @@ class Scale:
 FULL = Scale(
     "small",
     60_000,
-    {"vision": (160, 64, 1e-3), "language": (100, 64, 1e-3), "vision-language": (600, 64, 8e-4)},
+    {"vision": (160, 64, 1e-3), "language": (100, 64, 1e-3), "vision-language": (1000, 64, 8e-4)},
 )
 QUICK = replace(
     FULL,
