@@ -109,12 +109,14 @@ demo-vlmo: $(STAMP) $(COMPILED)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
+# A process a core with one thread each: small tensors gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup --durations=10
+
 test: lint $(COMPILED)
-	$(PY) -m pytest -q -m "not slow and not gpu" --durations=5
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(STAMP) $(COMPILED)
-	$(PY) -m pytest -q -m "slow and not gpu" --durations=5 || { rc=$$?; \
-	  [ $$rc -eq 5 ] && echo "test-slow: no test is marked slow"; }
+	$(PYTEST) -m "slow and not gpu"
 	PYTHON=$(PY) tests/check_wheel.sh
 
 # One after the other, also under make -j.

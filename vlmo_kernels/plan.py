@@ -162,7 +162,7 @@ def ids_of_runs(runs, names: tuple[str, ...], starts: Mapping[str, int] | None) 
         raise ValueError(
             f"ModalityLayout: samples times padded length must be below 2**31 - 1, got {len(placed)} x {length}"
         )
-    ids = torch.full((len(placed), length), -1, dtype=torch.int64)
+    ids = torch.full((len(placed), length), -1, dtype=torch.int64, device="cpu")
     for b, sample in enumerate(placed):
         for modality, start, end in sample:
             ids[b, start:end] = modality

@@ -130,17 +130,25 @@ def read_state(path_or_dict: str | os.PathLike[str] | Mapping[str, object]) -> d
 
 
 def _read_file(path: str) -> object:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"load_checkpoint: the file must exist, got {path!r}.")
     if path.endswith(".safetensors"):
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError as error:
             raise RuntimeError(
                 "load_checkpoint: reading .safetensors needs the package safetensors. "
                 "Hint: pip install safetensors."
             ) from error
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(_broken(path, error)) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError) as error:  # a zip archive without its end
+        raise ValueError(_broken(path, error)) from error
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|global:|class|function) `?([\w]+\.[\w.]+)", str(error))
         name = refused and refused[1]
@@ -150,6 +158,13 @@ def _read_file(path: str) -> object:
             "Nothing of it was executed. Hint: if you trust whoever made it, convert it once in a process of its "
             f"own: torch.save(torch.load({path!r}, map_location='cpu', weights_only=False)['state_dict'], 'new.pt')."
         ) from error
+
+
+def _broken(path: str, error: Exception) -> str:
+    return (
+        f"load_checkpoint: the file must be whole, {path!r} cannot be read: {str(error).splitlines()[0]}. "
+        "Hint: it may have been cut off; copy or download it again."
+    )
 
 
 def _strip(key: str) -> str:

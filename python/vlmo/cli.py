@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
         print(f"vlmo: {error}", file=sys.stderr)
         sys.exit(2)
+    except ImportError as error:
+        print(f"vlmo: {error}. Hint: pip install 'vlmo_kernels[vlmo]'", file=sys.stderr)
+        sys.exit(1)
 
 
 if typer is not None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .data import Loader, Report
-from .distributed import rank, world_size
+from .distributed import gather_object, rank, world_size
 from .downstream import ExampleBatches, FineTuning, evaluate, finetune
 from .loading import Loaded, load_model, save_finetuned
 from .retrieval import Embeddings, Gallery, embed, embed_images, embed_texts, match_scores, read_gallery, recall, rerank
@@ -66,7 +66,7 @@ def run_embed(options: ModelOptions, data: str | None, texts: Path | None, out: 
     loaded = options.load()
     model, config = loaded.model, loaded.model.config
     if texts is not None:
-        lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = _lines(texts)
         ids, mask, _ = loaded.tokenizer.encode_batch(lines, config.max_text_len)
         none = torch.empty(0, config.dim)
         made = Embeddings(none, embed_texts(model, ids, mask), torch.full((len(lines),), -1), [], lines)
@@ -75,6 +75,15 @@ def run_embed(options: ModelOptions, data: str | None, texts: Path | None, out: 
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     _say(f"{len(made.images)} images and {len(made.texts)} texts, {config.dim} numbers each: {out}")
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"embed: --texts must be a file, got '{path}'.")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"embed: --texts must hold a text, '{path}' does not.")
+    return lines
 
 
 def run_retrieve(
@@ -163,7 +172,7 @@ def run_finetune(
             )
 
         finetune(tuning, batches, steps=steps, lr=lr, bf16=precision == "bf16", on_step=on_step)
-    _show(batches.report)
+    _show(Report.sum(gather_object(batches.report)))
     save_finetuned(out, tuning, loaded)
     _say(f"model: {out}")
 
@@ -178,6 +187,8 @@ def run_evaluate(
     figures: dict[str, float] = {}
     if task == "retrieval":
         gallery, _ = _gallery(loaded, data)
+        if not gallery.captions:
+            raise ValueError(f"evaluate: --data must have captions, '{data}' has none. Hint: a captions.json in it.")
         vectors = embed(loaded.model, gallery, batch_size)
         figures = {"images": len(vectors.images), "texts": len(vectors.texts)}
         figures |= recall(vectors.images, vectors.texts, vectors.picture_of_text)
@@ -189,6 +200,10 @@ def run_evaluate(
         batches = ExampleBatches(examples, loaded.tokenizer, config.image_size, config.max_text_len, batch_size)
         figures, chosen = evaluate(loaded.model, batches)
         _show(batches.report)
+        if isinstance(examples, VQAv2) and examples.left_out:
+            # Of these every answer would be wrong: over all questions the accuracy is lower by their share.
+            figures["left_out"] = examples.left_out
+            _say(f"{examples.left_out} questions left out: the model knows none of their answers", "yellow")
         if predictions is not None:
             name = "question_id" if task == "vqa" else "identifier"
             rows = [{name: key, "answer" if task == "vqa" else "label": answer} for key, answer in chosen]

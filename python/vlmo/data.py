@@ -73,6 +73,13 @@ class Report:
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         del self.examples[_EXAMPLES:]
 
+    @classmethod
+    def sum(cls, reports: Iterable[Report]) -> Report:
+        total = cls()
+        for report in reports:
+            total.add(report)
+        return total
+
     def take(self) -> Report:
         """What was counted so far; counting begins anew."""
         taken = replace(self)
@@ -378,7 +385,7 @@ class _Lane:
             if not good and loader.epochs is None:
                 raise RuntimeError(
                     f"Loader: every lane must hold a good sample, lane {self.number} of {loader.lanes} has none: "
-                    f"{'; '.join(self.report.lines())}. Hint: fewer lanes for a small source."
+                    f"{'; '.join(self.report.lines())}. Hint: a small source wants a small batch_size, or fewer lanes."
                 )
             self.position = (epoch + 1, 0)
 

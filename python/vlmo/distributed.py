@@ -24,6 +24,15 @@ def gather(t: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_object(value: object) -> list[object]:
+    """What every process gave, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    everyone: list[object] = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t: Tensor) -> Tensor:
@@ -42,14 +51,14 @@ def gather_with_grad(t: Tensor) -> Tensor:
     return t if world_size() == 1 else _GatherWithGrad.apply(t)
 
 
-def global_mean(total: Tensor, count: Tensor | int) -> Tensor:
+def global_mean(total: Tensor, count: int) -> Tensor:
     """The mean over all processes' elements of which this one has `count`, summing to `total`.
 
     Its gradient, averaged over processes as DDP and FSDP do, is that of the mean over all elements. The value
     is this process's part of it.
     """
-    count = torch.as_tensor(count, device=total.device, dtype=torch.float32)
+    # Filled on the device: a copy from the host would wait for all work queued there.
+    count = torch.full((), count, device=total.device, dtype=torch.float32)
     if world_size() > 1:
-        count = count.clone()
         dist.all_reduce(count)
     return total * (world_size() / count.clamp(min=1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -133,7 +134,14 @@ class ExampleBatches:
         share, numbers = self.batch_size // world_size(), self._numbers()
         while True:
             step = [next(numbers) for _ in range(self.batch_size)]
-            yield self.collate([self._good(i) for i in step[rank() * share :][:share]])
+            loaded = [self._good(i) for i in step[rank() * share :][:share]]
+            for example, _ in loaded:
+                if not example.target:
+                    raise ValueError(
+                        f"ExampleBatches: every example to train on must have its answer, {example.key!r} has none. "
+                        "Hint: a test set can only be evaluated."
+                    )
+            yield self.collate(loaded)
 
     def once(self) -> Iterator[tuple[TaskBatch, list[Example]]]:
         """Every readable example once, in order, on this process alone, with the examples themselves."""
@@ -224,7 +232,13 @@ def finetune(
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(tuning.parameters(), 1.0)
         optimizer.step()
-        on_step(step + 1, {name: value.item() for name, value in losses.items()})
+        values = {name: value.item() for name, value in losses.items()}
+        if not math.isfinite(values["loss"]):
+            raise RuntimeError(
+                f"finetune: the loss must be finite, it is {values['loss']} at step {step + 1}. "
+                "Hint: a smaller learning rate."
+            )
+        on_step(step + 1, values)
     tuning.eval()
 
 

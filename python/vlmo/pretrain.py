@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from . import shapes
 from .config import CONFIGS, VLMoConfig
-from .data import Loader
-from .distributed import rank, world_size
+from .data import Loader, Report
+from .distributed import gather_object, rank, world_size
 from .objectives import STAGES, WEIGHTS
-from .snapshots import load_config
+from .snapshots import load_config, snapshots
 from .sources import open_source
 from .tokenizer import Tokenizer
 from .train import Recipe, Trainer, build_stage, initialise_distributed
@@ -59,6 +59,12 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
     if options.stage not in STAGES:
         raise ValueError(f"pretrain: stage must be one of {STAGES}, got {options.stage!r}.")
     _check_out(options)
+    if options.start is not None and not options.start.exists():
+        raise FileNotFoundError(f"pretrain: --from must exist, got '{options.start}'.")
+    if options.start is not None and options.start.name == "model.safetensors":
+        folder = options.start.parent
+        if (folder / "config.json").is_file():  # a run of ours: its configuration goes with the file
+            options = replace(options, start=folder)
     tokenizer = _tokenizer(options)
     config = _config(options, tokenizer)
     start = options.start
@@ -105,14 +111,17 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
             bar.update(line["step"] - bar.n)
 
         last = trainer.fit(data, options.out, options.resume, show)
+    report = Report.sum(gather_object(data.report))
     if rank() == 0:
-        for line in data.report.lines():
+        for line in report.lines():
             print(f"data: {line}", file=sys.stderr)
     return last
 
 
 def _check_out(options: Run) -> None:
-    if not options.resume and (options.out / "log.jsonl").exists():
+    log = options.out / "log.jsonl"  # empty if the run failed before its first line
+    begun = log.is_file() and log.stat().st_size > 0 or bool(snapshots(options.out))
+    if begun and not options.resume:
         raise ValueError(
             f"pretrain: --out must be a new folder, {options.out} holds a run. Hint: --resume goes on with it."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,15 +71,25 @@ class Embeddings:
         if path.suffix == ".npz":
             import numpy as np
 
-            with np.load(path, allow_pickle=False) as arrays:
-                tensors = [torch.from_numpy(arrays[name]) for name in ("images", "texts", "picture_of_text")]
-                return cls(*tensors, arrays["names"].tolist(), arrays["captions"].tolist())
-        from safetensors import safe_open
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    tensors = [torch.from_numpy(arrays[name]) for name in ("images", "texts", "picture_of_text")]
+                    return cls(*tensors, arrays["names"].tolist(), arrays["captions"].tolist())
+            except (KeyError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+                raise ValueError(_not_embeddings(path, error)) from error
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            tensors = [file.get_tensor(name) for name in ("images", "texts", "picture_of_text")]
-            texts = file.metadata()
-        return cls(*tensors, json.loads(texts["names"]), json.loads(texts["captions"]))
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = [file.get_tensor(name) for name in ("images", "texts", "picture_of_text")]
+                texts = file.metadata()
+            return cls(*tensors, json.loads(texts["names"]), json.loads(texts["captions"]))
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(_not_embeddings(path, error)) from error
+
+
+def _not_embeddings(path: Path, error: Exception) -> str:
+    return f"Embeddings.load: the file must be of `vlmo embed`, '{path}' is not: {error}."
 
 
 def read_gallery(
@@ -170,20 +181,22 @@ def recall(images: Tensor, texts: Tensor, picture_of_text: Tensor) -> dict[str, 
     images: [I, D]. texts: [T, D]. picture_of_text: int64 [T]. Text to image: the share of texts whose image is among
     the k most similar. Image to text: the share of images (with a text) of which a text is among the k most similar.
     A wrong candidate that is exactly as similar counts as more similar, so a model that maps everything to one
-    vector has recall 0, not 1.
+    vector has recall 0, not 1; so does one that gives NaN.
     """
+    if len(texts) == 0 or len(images) == 0:
+        raise ValueError(f"recall: there must be images and texts, got {len(images)} and {len(texts)}.")
     ranks = []
     for texts_part, right in zip(texts.split(_CHUNK), picture_of_text.split(_CHUNK)):
         scores = texts_part @ images.T
         own = scores.gather(1, right[:, None])
-        ranks.append((scores >= own).sum(1) - 1)
+        ranks.append((~(scores < own)).sum(1) - 1)  # NaN is less than nothing, so it counts as wrong
     result = {f"t2i_r{k}": _share(torch.cat(ranks) < k) for k in RANKS}
     ranks = []
     for start in range(0, len(images), _CHUNK):
         scores = images[start : start + _CHUNK] @ texts.T
         own = picture_of_text[None] == torch.arange(start, start + len(scores))[:, None]
         best = scores.masked_fill(~own, float("-inf")).amax(1, keepdim=True)
-        ranks.append(((scores >= best) & ~own).sum(1)[own.any(1)])
+        ranks.append((~(scores < best) & ~own).sum(1)[own.any(1)])
     return result | {f"i2t_r{k}": _share(torch.cat(ranks) < k) for k in RANKS}
 
 

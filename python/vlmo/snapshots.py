@@ -87,18 +87,21 @@ def snapshots(out: Path) -> list[Path]:
     return sorted(path for path in found if path.suffix != ".writing" and (path / "extra.json").exists())
 
 
-def load_snapshot(out: Path, module: nn.Module, optimizer: Optimizer) -> dict[str, object] | None:
-    """Restore the newest snapshot in place, on any number of processes; returns `extra` with "step", or None."""
+def newest_extra(out: Path) -> dict[str, object] | None:
+    """What was given to `save_snapshot` as `extra`, and "step", of the newest snapshot; None if there is none."""
     found = snapshots(out)
-    if not found:
-        return None
+    return json.loads((found[-1] / "extra.json").read_text(encoding="utf-8")) if found else None
+
+
+def load_snapshot(out: Path, module: nn.Module, optimizer: Optimizer) -> None:
+    """Restore the newest snapshot, which must be there, in place, on any number of processes."""
+    found = snapshots(out)
     model_state, optimizer_state = get_state_dict(module, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
         dcp.load(state, checkpoint_id=found[-1])
     set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return json.loads((found[-1] / "extra.json").read_text(encoding="utf-8"))
 
 
 def save_model(out: Path, module: nn.Module, config: VLMoConfig, stage: str) -> None:
@@ -126,6 +129,9 @@ def load_config(out: Path) -> tuple[VLMoConfig, str]:
     path = out / "config.json"
     if not path.is_file():
         raise ValueError(f"load_config: {path} must be there. Hint: the folder of a finished `vlmo pretrain`.")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    stage = values.pop("stage")
-    return VLMoConfig(**{**values, "heads": tuple(values["heads"])}), stage
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        stage = values.pop("stage")
+        return VLMoConfig(**{**values, "heads": tuple(values["heads"])}), stage
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"load_config: '{path}' must be as `vlmo pretrain` writes it: {error!r}.") from error

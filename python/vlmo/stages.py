@@ -123,7 +123,9 @@ def _from_beit(state: dict[str, Tensor], config: VLMoConfig) -> tuple[dict[str, 
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
         table = re.fullmatch(r"blocks\.(\d+)\.attn\.relative_position_bias_table", key)
-        if table:
+        if key == "rel_pos_bias.relative_position_bias_table":  # before fine-tuning, one table for all layers
+            tables = dict.fromkeys(range(config.depth), value)
+        elif table:
             tables[int(table[1])] = value
         elif key.endswith("relative_position_index") or re.match(r"(mask_token|lm_head\.|head\.|fc_norm\.)", key):
             continue

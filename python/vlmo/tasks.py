@@ -84,7 +84,7 @@ class VQAv2:
     questions: v2_OpenEnded_mscoco_*_questions.json. annotations: v2_mscoco_*_annotations.json, or None for a test
     set. images: the folder; a file is found by the name COCO_<split>_<12 digits>.jpg or <12 digits>.jpg. classes: the
     answers to choose from, by default those that `answer_classes` finds in `annotations`. With annotations, questions
-    none of whose answers is among the classes are left out, as in published training.
+    none of whose answers is among the classes are left out, as in published training, and counted in `left_out`.
     """
 
     def __init__(
@@ -108,12 +108,14 @@ class VQAv2:
         self._split = next((s for s in ("train2014", "val2014", "test2015") if s in Path(questions).name), "")
         number = {answer: i for i, answer in enumerate(self.classes)}
         self._rows: list[tuple[int, str, int, dict[int, float]]] = []
+        self.left_out = 0
         for row in asked:
             target = {}
             if given is not None:
                 counts = Counter(given.get(row["question_id"], ()))
                 target = {number[a]: VQA_SCORES[min(n, 4)] for a, n in counts.items() if a in number}
                 if not target:
+                    self.left_out += 1
                     continue
             self._rows.append((row["image_id"], row["question"], row["question_id"], target))
         if not self._rows:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vlmo_kernels import demo_data
 
+from .snapshots import write_atomically
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -48,7 +50,7 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vocabulary, for `load`."""
         pieces = self._wordpiece.get_vocab()
-        Path(path).write_text("".join(piece + "\n" for piece in sorted(pieces, key=pieces.get)), encoding="utf-8")
+        write_atomically(Path(path), "".join(piece + "\n" for piece in sorted(pieces, key=pieces.get)))
 
     def encode_batch(self, texts: Sequence[str], max_len: int) -> tuple[Tensor, Tensor, Tensor]:
         """(ids int64, mask bool, word_starts bool), each [B, max_len]: [CLS] pieces [SEP], then [PAD].

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,15 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import VLMoConfig
 from .data import Batch
-from .distributed import gather, rank, world_size
+from .distributed import gather, gather_object, rank, world_size
 from .model import VLMo
 from .objectives import Inputs, Pretraining, prepare
-from .snapshots import load_snapshot, save_model, save_snapshot, write_atomically
+from .snapshots import load_snapshot, newest_extra, save_model, save_snapshot, snapshots, write_atomically
 from .stages import StageReport, set_trainable, stage_config, start_from
 from .tokenizer import Tokenizer
 
 STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("fp32", "bf16")
+IMPLS = ("auto", "triton", "cpu", "reference")
 
 
 class Data(Protocol):
@@ -82,6 +83,11 @@ class Recipe:
             raise ValueError("Recipe: steps, accumulate, save_every and log_every must be at least 1.")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"Recipe: warmup must lie in 0..{self.steps - 1}, got {self.warmup}.")
+        if self.impl not in IMPLS:
+            raise ValueError(f"Recipe: impl must be one of {IMPLS}, got {self.impl!r}.")
+        for name in ("lr", "weight_decay", "layer_decay", "clip"):
+            if not getattr(self, name) >= 0.0:  # a negative limit would turn the gradients round
+                raise ValueError(f"Recipe: {name} must not be negative, got {getattr(self, name)}.")
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of step 0, 1, ... over the peak."""
@@ -92,6 +98,8 @@ class Recipe:
 
 def initialise_distributed(device: str) -> torch.device:
     """Join the processes torchrun started, if any; returns the device of this process."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device: {device!r} must be usable, torch sees no GPU here. Hint: --device cpu.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device != "cuda":
@@ -128,7 +136,8 @@ class Trainer:
     def _wrap(self) -> nn.Module:
         if self.recipe.compile:
             for block in self.model.transformer.blocks:
-                block.forward_packed = torch.compile(block.forward_packed)
+                # All blocks share one cache of 8 graphs: with row counts fixed it would be full after one step.
+                block.forward_packed = torch.compile(block.forward_packed, dynamic=True)
         if world_size() == 1:
             return self.module
         if self.recipe.strategy == "ddp":
@@ -196,10 +205,14 @@ class Trainer:
         """
         out.mkdir(parents=True, exist_ok=True)
         log = out / "log.jsonl"
+        if snapshots(out) and not resume:
+            # They would pass for newer than this run's own, and a resumed run would start from them.
+            raise ValueError(f"train: out must not hold snapshots of another run, {out} does. Hint: resume=True.")
         if resume:
-            extra = load_snapshot(out, self.module, self.optimizer)
+            extra = newest_extra(out)
             if extra is not None:
                 self._check_same_run(extra)
+                load_snapshot(out, self.module, self.optimizer)
                 self.step = extra["step"]
                 data.load_state_dict(extra["data"])
         if rank() == 0:
@@ -239,11 +252,13 @@ class Trainer:
 
     def save(self, out: Path, data: Data) -> None:
         """A snapshot of now."""
-        states = [data.state_dict()]
-        if world_size() > 1:
-            states = [None] * world_size()
-            dist.all_gather_object(states, data.state_dict())
-        extra = {"stage": self.stage, "seed": self.recipe.seed, "data": data.merge_states(states)}
+        states = gather_object(data.state_dict())
+        extra = {
+            "stage": self.stage,
+            "seed": self.recipe.seed,
+            "config": asdict(self.model.config),
+            "data": data.merge_states(states),
+        }
         save_snapshot(out, self.step, self.module, self.optimizer, extra)
 
     def _check_same_run(self, extra: dict[str, object]) -> None:
@@ -253,6 +268,14 @@ class Trainer:
                     f"train: a run is resumed with its own {name}, {extra[name]!r} in the snapshot, got {value!r}. "
                     "Hint: another folder for another run."
                 )
+        config = json.loads(json.dumps(asdict(self.model.config)))  # tuples become lists
+        saved = extra.get("config", config)
+        changed = [f"{k} {saved.get(k)!r} (now {value!r})" for k, value in config.items() if saved.get(k) != value]
+        if changed:
+            raise ValueError(
+                f"train: a run is resumed with its own configuration, the snapshot has {', '.join(changed)}. "
+                "Hint: the options of the first call again, and --resume."
+            )
 
 
 def build_stage(

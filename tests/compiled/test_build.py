@@ -47,6 +47,17 @@ def test_headers_compile_alone(header: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@needs_gxx
+@pytest.mark.parametrize("name", ("attention", "norm"))
+def test_portable_kernels_need_no_x86(name: str, tmp_path: Path) -> None:
+    """An Arm machine compiles them too: here with the name of this processor family taken away."""
+    system = "#include <stddef.h>\n#include <stdint.h>\n#undef __x86_64__\n"
+    source = tmp_path / "elsewhere.cpp"
+    source.write_text(f'{system}#include "{CSRC}/cpu/{name}_portable.cpp"\n')
+    done = run(GXX, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}/include", source)
+    assert done.returncode == 0, done.stderr
+
+
 def test_sources_keep_to_the_stable_interface() -> None:
     """ATen and c10 tie a build to one torch; the stable headers do not."""
     for source in (p for p in CSRC.rglob("*.*") if p.suffix in (".cpp", ".cu", ".h")):
@@ -166,6 +177,25 @@ def test_what_does_not_load_is_said(elsewhere) -> None:
     assert re.match(r"vlmo_kernels_cpu.so does not load: .+ Hint: python", compiled.why_not("vlmo_kernels_cpu"))
     if not torch.version.cuda:
         assert compiled.why_not("vlmo_kernels_cuda") == "they need a CUDA build of torch"
+
+
+def test_every_op_is_listed() -> None:
+    built("vlmo_kernels_cpu")
+    assert compiled.cpu_ops() is not None
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    assert {op for space, _, op in names if space == "vlmo_kernels_cpu"} == set(compiled.OPS["vlmo_kernels_cpu"])
+
+
+def test_a_build_without_an_op_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an update the old library may still lie there: the slower path, not an AttributeError in a forward."""
+    built("vlmo_kernels_cpu")
+    monkeypatch.setitem(compiled.OPS, "vlmo_kernels_cpu", ("isa", "op_of_tomorrow"))
+    compiled._ops.cache_clear()
+    try:
+        assert compiled.cpu_ops() is None
+        assert "older sources, without op_of_tomorrow. Hint: python setup.py" in compiled.why_not("vlmo_kernels_cpu")
+    finally:
+        compiled._ops.cache_clear()
 
 
 def test_a_build_older_than_its_sources_is_said(elsewhere) -> None:

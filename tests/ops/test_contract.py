@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -300,6 +301,25 @@ def test_explain_of_a_block_names_every_part() -> None:
     half = dataclasses.replace(params, norm_kind="rms", norm1=([None], [None]), norm2=([None], [None]))
     assert vk.explain("mome_block", x, half, layout, impl="reference").chosen == "reference"
     assert "    not triton: " in str(found)
+
+
+def test_explain_of_a_block_asks_for_its_layerscale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches differ with it, so the calls that `explain` asks about must carry what the block passes on."""
+    block = importlib.import_module("vlmo_kernels.ops.mome_block")
+    layout = vk.ModalityLayout.from_lengths({"text": 3, "image": 4})
+    square, vector = [torch.randn(8, 8)], [torch.randn(8)]
+    params = vk.MoMEBlockParams(
+        heads=2, norm1=(vector, vector), qkv=([torch.randn(24, 8)], [None]), proj=(square, [None]),
+        norm2=(vector, vector), w1=square, b1=vector, w2=square, b2=vector, gamma1=vector, gamma2=vector,
+    )  # fmt: skip
+    x, made = torch.randn(7, 8), []
+    for name in ("routed_linear", "routed_ffn"):
+        op = getattr(block, name)
+        monkeypatch.setattr(block, name, lambda *a, op=op, **k: (made.append(k), op(*a, **k))[1])
+    vk.mome_block(x, params, layout)
+    asked = [k for name, _, k in block.calls(x, params, layout) if name in ("routed_linear", "routed_ffn")]
+    assert [set(k) for k in asked] == [set(k) for k in made]
+    assert asked[1]["gamma"] == asked[2]["gamma"] == vector
 
 
 def test_explain_and_select_say_what_is_wrong() -> None:

@@ -9,6 +9,7 @@ import vlmo_kernels as vk
 from tests.common.agreement import assert_problem_as_eager
 from tests.common.cases import CASES
 from tests.common.problems import PROBLEMS, Problem, supported
+from vlmo_kernels.runtime import compiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,3 +40,49 @@ def test_fp16_and_fp64_fall_back_to_the_reference() -> None:
         x = torch.ones(3, 4, dtype=dtype)
         found = vk.explain("routed_linear", x, [torch.ones(2, 4, dtype=dtype)], None, layout)
         assert found.chosen == "reference" and str(dtype) in found.rejected["cpu"]
+
+
+@pytest.mark.parametrize("kind", ("layer", "rms"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_norm_with_a_wider_residual(kind: str, dtype: torch.dtype) -> None:
+    """The residual may have any floating dtype; in fp64 the sum and its gradient are those of the reference."""
+    layout = vk.ModalityLayout.from_lengths({"text": 3, "image": 2})
+    x, residual = torch.randn(5, 8).to(dtype), torch.randn(5, 8, dtype=torch.float64)
+    found = []
+    for impl in ("auto", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, torch.ones(8))]
+        y, z = vk.routed_norm(leaves[0], [leaves[2]] * 2, None, layout, kind=kind, residual=leaves[1], impl=impl)
+        torch.autograd.backward([y, z], [x, residual])
+        found.append([y, z, *(t.grad for t in leaves)])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_prefix_may_be_a_view() -> None:
+    """Kernels read it as a table: a column of another tensor, or one number expanded, becomes one first."""
+    layout = vk.ModalityLayout.from_lengths({"text": [4, 3, 6]})
+    qkv = torch.randn(13, 3, 2, 8)
+    for prefix in (torch.tensor([[2, 9], [0, 9], [3, 9]]).int()[:, 0], torch.tensor(2).int().expand(3)):
+        for impl in ("auto", "reference"):
+            view, copy = (
+                vk.shared_attention(qkv, None, None, layout, causal=True, prefix=p, impl=impl)
+                for p in (prefix, prefix.clone(memory_format=torch.contiguous_format))
+            )
+            assert torch.equal(view, copy)
+
+
+def test_a_default_device_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `torch.set_default_device("cuda")` lengths and CPU tensors stay where they are; meta stands for it."""
+    qkv = torch.randn(12, 3, 2, 8)
+    bias = torch.randn(2, 7, 7)
+    for parts in ("compiled", "torch's own"):
+        if parts != "compiled":
+            monkeypatch.setattr(compiled, "cpu_ops", lambda: None)
+            monkeypatch.setattr(compiled, "host_planner", lambda: None)
+        with torch.device("meta"):
+            layout = vk.ModalityLayout.from_lengths({"text": [3, 2], "image": [4, 3]})
+            leaf = qkv.clone().requires_grad_()
+            y = vk.shared_attention(leaf, None, None, layout, bias=bias, causal=True)
+            y.backward(torch.ones_like(y))
+        assert layout.device == y.device == leaf.grad.device == qkv.device
+        assert y.isfinite().all() and leaf.grad.isfinite().all()

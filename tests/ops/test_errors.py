@@ -170,7 +170,8 @@ OP_ERRORS = {
     "inner norm bias alone": (
         lambda: ffn(inner_norm=([t(6), None], [t(6), t(6)])), ValueError, r"`inner_norm\[1\]\[1\]` needs a weight"),
     "k without v": (lambda: attention(k=t(9, 2, 4)), ValueError, "`k` and `v` must both be given"),
-    "packed of two": (lambda: attention(t(9, 2, 2, 4)), ValueError, r"must be \[T, 3, H, Dh\], got \[9, 2, 2, 4\]"),
+    "packed of two": (lambda: attention(t(9, 2, 2, 4)), ValueError, r"must be \[T, 3, H, Dh\] .*got \[9, 2, 2, 4\]"),
+    "packed without heads": (lambda: attention(t(9, 3, 0, 4)), ValueError, r"a head or more, got \[9, 3, 0, 4\]"),
     "k of another dtype": (
         lambda: attention(k=t(9, 2, 4, dtype=torch.float64), v=t(9, 2, 4)), ValueError,
         "`k` must have the dtype of `q`, torch.float32, got torch.float64"),

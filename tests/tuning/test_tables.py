@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from vlmo_kernels.tuning import tables
+from vlmo_kernels.tuning import tables, tune
 from vlmo_kernels.tuning.tables import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,19 @@ def test_a_broken_cache_warns_and_is_left(folders, text: str) -> None:
         assert tables.find(PROBLEM, GPU).config == (1,)
 
 
+@pytest.mark.parametrize("error", (PermissionError("denied"), RuntimeError("Could not determine home directory.")))
+def test_a_cache_out_of_reach_warns_and_is_left(folders, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container often runs under a user without a home, or with one that it may not read."""
+    tables.write(folders[1], table(entry([1])))
+
+    def user_file(arch: str) -> Path:
+        raise error
+
+    monkeypatch.setattr(tables, "user_file", user_file)
+    with pytest.warns(UserWarning, match=f"{error}.*VLMO_KERNELS_CACHE"):
+        assert tables.find(PROBLEM, GPU).config == (1,)
+
+
 def test_a_table_is_replaced_at_once(folders, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails leaves the old table and no half of a new one under its name."""
     user, _ = folders
@@ -100,6 +114,21 @@ def test_a_table_is_replaced_at_once(folders, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(OSError):
             tables.write(user, table(entry([2])))
     assert tables.read(user)["entries"][0]["config"] == [1]
+
+
+def test_tuning_again_races_the_heuristics(folders) -> None:
+    """An entry of an earlier run in their place would be no faster than itself, and be dropped."""
+    tables.write(folders[0], table(entry([1])))
+    found, raced = torch.ones(3), []
+
+    def run() -> tuple[torch.Tensor]:
+        choice = tables.find(PROBLEM, GPU)
+        raced.append(choice and choice.config)
+        return (found.to(PROBLEM.dtype),)
+
+    job = tune.Job(PROBLEM, run, lambda dtype: (found.to(dtype),), ((1,),), {}, 1.0)
+    tune.settle(job, "cpu", time.perf_counter() + 60)
+    assert set(raced) == {None, (1,)}
 
 
 def test_forced_choices_end_with_their_scope() -> None:
@@ -132,7 +161,7 @@ class Refuse:
             raise ImportError(f"{name} must not be needed")
 sys.meta_path.insert(0, Refuse())
 import vlmo_kernels.tuning.tune as tune
-from vlmo_kernels.tuning import tables
+from vlmo_kernels.tuning import tables, tune
 keep = {"gemm", "weight grad summed", "attention short bias"}
 every = tune.jobs
 tune.jobs = lambda *a: [j for j in every(*a) if j.problem.kernel in keep][1:]

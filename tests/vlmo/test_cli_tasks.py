@@ -232,6 +232,9 @@ def test_the_text_length_is_that_of_the_positions():
         (("evaluate", "--task", "retrieval", "--data", "shapes:9", "--model", "FILE"), "there must be its vocabulary"),
         (("embed", "--model", "RUN", "--out", "a.npz"), "either --data or --texts"),
         (("embed", "--model", "RUN", "--data", "shapes:9", "--out", "a.pt"), "must be .safetensors or .npz"),
+        (("embed", "--model", "RUN", "--texts", "none.txt", "--out", "a.npz"), "--texts must be a file"),
+        (("evaluate", "--task", "retrieval", "--data", "PICTURES", "--model", "RUN"), "--data must have captions"),
+        (("evaluate", "--task", "retrieval", "--data", "shapes:9", "--model", "CUT"), "load_config: "),
         (("finetune", "--task", "vqa", "--data", "a.json", "--model", "RUN", "--out", "o"), "there must be --images"),
         (("finetune", "--task", "vqa", "--data", "shapes:x", "--model", "RUN", "--out", "o"), "shapes:N"),
         (("evaluate", "--task", "retrieval", "--data", "shapes:9", "--model", "RUN", "--vocab", "none"), "vocabulary"),
@@ -239,7 +242,11 @@ def test_the_text_length_is_that_of_the_positions():
 )
 def test_bad_input_ends_in_one_line(arguments, message, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    places = {"RUN": run, "FILE": run / "model.safetensors"}
+    places = {"RUN": run, "FILE": run / "model.safetensors", "PICTURES": tmp_path / "bare", "CUT": tmp_path / "cut"}
+    for place in ("PICTURES", "CUT"):
+        places[place].mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "bare/a.png")
+    (tmp_path / "cut/config.json").write_text('{"dim": 3')
     assert vlmo(*(places.get(argument, argument) for argument in arguments)) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("vlmo: ") and message in captured.err and captured.err.count("\n") == 1

@@ -66,7 +66,7 @@ def one_process(dtype: torch.dtype) -> torch.Tensor:
 def test_two_processes_train_as_one_and_one_resumes_from_two(strategy: str, tmp_path: Path) -> None:
     """Masks, negatives and DropPath follow seed, step and sample number; contrast is over the global batch."""
     said = pretrain(tmp_path / "two", 2, "--stage", "vision-language", "--strategy", strategy)
-    assert "2 process(es) on cpu" in said
+    assert "2 process(es) on cpu" in said and f"{8 * STEPS} samples read" in said
     expected, eager, two = one_process(torch.float64), one_process(torch.float32), curve(tmp_path / "two")
     scale = 1.0 / expected.abs().mean(0)
     assert_close_as_eager(two * scale.float(), expected * scale, eager * scale.float(), "two processes")

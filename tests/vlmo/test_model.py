@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from vlmo import CONFIGS, CheckpointReport, VLMo, VLMoConfig, build, load_checkpoint
@@ -418,6 +419,17 @@ def test_checkpoint_content_must_fit(tmp_path) -> None:
     torch.save({"state_dict": state, "hyper_parameters": pytest.approx(1)}, tmp_path / "pickled.ckpt")
     with pytest.raises(ValueError, match="must hold tensors and plain containers only"):
         load_checkpoint(model, tmp_path / "pickled.ckpt")
+    with pytest.raises(FileNotFoundError, match="the file must exist, got .*none.pt"):
+        load_checkpoint(model, tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_that_was_cut_off_is_named(suffix: str, tmp_path) -> None:
+    path = tmp_path / f"half.{suffix}"
+    (torch.save if suffix == "pt" else save_file)({"weight": torch.ones(9999)}, path)
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(ValueError, match="the file must be whole, .*half.* cannot be read"):
+        load_checkpoint(tiny(), path)
 
 
 def test_checkpoint_of_longer_text_and_of_two_token_types() -> None:

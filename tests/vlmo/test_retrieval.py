@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from vlmo import CONFIGS, VLMo, shapes
 from vlmo.data import collate
@@ -87,6 +88,9 @@ def test_recall_is_its_definition(images, per_image, monkeypatch):
 def test_a_collapsed_model_has_no_recall():
     same = torch.ones(20, 4) / 2
     assert set(recall(same, same, torch.arange(20)).values()) == {0.0}
+    assert set(recall(same * float("nan"), same, torch.arange(20)).values()) == {0.0}
+    with pytest.raises(ValueError, match="there must be images and texts, got 20 and 0"):
+        recall(same, same[:0], torch.arange(0))
 
 
 def test_search_is_a_sort(monkeypatch):
@@ -146,6 +150,15 @@ def test_embeddings_on_disk(suffix, tmp_path):
         made.save(tmp_path / "e.pt")
     with pytest.raises(FileNotFoundError, match="the file must exist"):
         Embeddings.load(tmp_path / f"none{suffix}")
+    (tmp_path / f"other{suffix}").write_text("no embeddings at all")
+    with pytest.raises(ValueError, match="must be of `vlmo embed`, .*other"):
+        Embeddings.load(tmp_path / f"other{suffix}")
+
+
+def test_tensors_that_are_no_embeddings_are_refused(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="must be of `vlmo embed`"):
+        Embeddings.load(tmp_path / "model.safetensors")
 
 
 def test_match_scores_are_the_fusion_encoder_s(model, gallery):

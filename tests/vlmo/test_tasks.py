@@ -72,6 +72,7 @@ def test_vqa_scores_what_people_said(tmp_path):
     questions, annotations = write_vqa(tmp_path, people, image_ids=[7, 8, 9, 7])
     examples = VQAv2(questions, annotations, tmp_path, classes=("yes", "no", "cat", "2"))
     assert len(examples) == 3, "the question whose answers are not among the classes is left out"
+    assert examples.left_out == 1
     assert examples[0].target == {0: 0.6, 1: 0.9, 2: 1.0} and examples[1].target == {3: 1.0}
     assert examples[2].key == 30 and examples[2].images[0].name == "COCO_val2014_000000000007.jpg"
     without = VQAv2(questions, None, tmp_path, classes=("yes", "no"))
@@ -224,6 +225,20 @@ def test_fine_tuning_learns_a_few_examples_by_heart(task, config, tokenizer):
     if task != "retrieval":
         figures, _ = evaluate(model, batches_of(examples, tokenizer))
         assert figures["accuracy"] > 0.8 > figures["majority"]
+
+
+def test_fine_tuning_stops_at_what_it_cannot_learn_from(config, tokenizer):
+    class Unanswered(ShapesStatements):
+        def __getitem__(self, i):
+            return replace(super().__getitem__(i), target={})
+
+    with pytest.raises(ValueError, match="every example to train on must have its answer"):
+        next(iter(batches_of(Unanswered(8, image_size=32), tokenizer)))
+    model = VLMoForNLVR2(config)
+    with torch.no_grad():
+        model.nlvr2_classifier[3].bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="the loss must be finite, it is nan at step 1"):
+        finetune(FineTuning(model, "nlvr2"), batches_of(ShapesStatements(8, image_size=32), tokenizer), steps=2)
 
 
 def test_the_processes_share_out_what_one_would_take(tokenizer, monkeypatch):

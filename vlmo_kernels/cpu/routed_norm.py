@@ -42,7 +42,8 @@ def forward(
     """See `vlmo_kernels.reference.routed_norm.forward`."""
     if compiled.cpu_ops() is not None and (residual is None or residual.dtype == x.dtype):
         return _compiled_forward(x, residual, weights, biases, route, kind, eps)
-    if kind != "layer":  # of mixed dtypes
+    # RMSNorm of mixed dtypes, and statistics in fp64
+    if kind != "layer" or (residual is not None and residual.dtype not in DTYPES):
         return reference.forward(x, residual, weights, biases, route, kind, eps)
     z = x if residual is None else torch.add(residual, x).to(residual.dtype)
     y = x.new_empty(x.shape)
@@ -71,6 +72,8 @@ def backward(
     need_db: list[bool],
 ) -> tuple[torch.Tensor, list[Optional], list[Optional]]:
     """See `vlmo_kernels.reference.routed_norm.backward`."""
+    if z.dtype not in DTYPES:  # an fp64 residual
+        return reference.backward(dy, dz, z, weights, biases, mean, rstd, route, kind, need_dw, need_db)
     if compiled.cpu_ops() is not None:
         return _compiled_backward(dy, dz, z, weights, biases, mean, rstd, route, kind, need_dw, need_db)
     dx = z.new_zeros(z.shape)

@@ -51,7 +51,7 @@ def forward(
     masks = _Masks.build(order, bias, causal, prefix, q.dtype)
     parts = _gather(order, q.shape[1], q, k, v)
     o = q.new_empty(order.rows.shape[0], *q.shape[1:])  # sample-major
-    lse = torch.empty(q.shape[1], o.shape[0], dtype=torch.float32)
+    lse = q.new_empty(q.shape[1], o.shape[0], dtype=torch.float32)
     for b, (start, end) in enumerate(order.spans):
         if start == end:
             continue
@@ -179,14 +179,14 @@ def _order(seqs: Sequences) -> _Order:
     rows = seqs.rows[:live].long()
     positions = seqs.positions[rows].long()
     lengths = seqs.cu_seqlens.diff().long()
-    sample = torch.repeat_interleave(torch.arange(len(at) - 1), lengths, output_size=live)
+    sample = torch.repeat_interleave(torch.arange(len(at) - 1, device="cpu"), lengths, output_size=live)
     uses = torch.bincount(positions, minlength=seqs.max_seqlen)
     common = torch.argsort(uses, descending=True, stable=True)
     rank = torch.empty_like(common)
-    rank[common] = torch.arange(common.numel())
+    rank[common] = torch.arange(common.numel(), device="cpu")
     by_rank = torch.argsort(sample * (seqs.max_seqlen + 1) + rank[positions])
     rows, positions = rows[by_rank], positions[by_rank]
-    within = torch.arange(live) - seqs.cu_seqlens.long()[sample]
+    within = torch.arange(live, device="cpu") - seqs.cu_seqlens.long()[sample]
     nested = torch.equal(rank[positions], within)
     return _Order(rows, positions, list(zip(at[:-1], at[1:], strict=True)), common, nested)
 
@@ -224,7 +224,7 @@ class _Masks:
         seen = at[None, :] <= at[:, None]
         if self.prefix is not None:
             seen = seen | (at[None, :] < self.prefix[b])
-        hidden = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))[None, None]
+        hidden = torch.zeros(seen.shape, dtype=self.dtype, device="cpu").masked_fill_(~seen, float("-inf"))[None, None]
         return hidden if mask is None else mask + hidden
 
 
@@ -241,8 +241,8 @@ def _heads(t: torch.Tensor, start: int, end: int) -> torch.Tensor:
 
 def _to_packed(t: torch.Tensor, order: _Order, rows: int, dim: int) -> torch.Tensor:
     """Sample-major to packed order along `dim`; dead rows repeat row 0, and nobody reads them."""
-    place = torch.zeros(rows, dtype=torch.int64)
-    place[order.rows] = torch.arange(order.rows.numel())
+    place = torch.zeros(rows, dtype=torch.int64, device="cpu")
+    place[order.rows] = torch.arange(order.rows.numel(), device="cpu")
     if order.rows.numel() == 0:
         return t.new_zeros([rows if d == dim else n for d, n in enumerate(t.shape)])
     return t.index_select(dim, place)

@@ -96,16 +96,19 @@ def mome_block(
     qkv = routed_linear(norm(p.norm1, x), *p.qkv, layout, p.map_for(p.qkv[0]), impl=impl)
     qkv = qkv.view(-1, 3, p.heads, width // p.heads)
     o = shared_attention(qkv, None, None, layout, bias=bias, causal=causal, prefix=prefix, impl=impl)
-    gamma1 = list(p.gamma1) * (len(p.proj[0]) // len(p.gamma1))
     x = routed_linear(
         o.view(-1, width), *p.proj, layout, p.map_for(p.proj[0]),
-        gamma=gamma1, residual=x, row_scale=row_scale1, impl=impl,
+        gamma=_for_all(p.gamma1, p.proj[0]), residual=x, row_scale=row_scale1, impl=impl,
     )  # fmt: skip
-    gamma2 = list(p.gamma2) * (len(p.w1) // len(p.gamma2))
     return routed_ffn(
         norm(p.norm2, x), p.w1, p.b1, p.w2, p.b2, layout, p.map_for(p.w1), activation=p.activation,
-        gamma=gamma2, residual=x, row_scale=row_scale2, recompute=recompute, impl=impl,
+        gamma=_for_all(p.gamma2, p.w1), residual=x, row_scale=row_scale2, recompute=recompute, impl=impl,
     )  # fmt: skip
+
+
+def _for_all(gammas: Tensors, like: Tensors) -> list[torch.Tensor | None]:
+    """One entry for every expert of `like`."""
+    return list(gammas) * (len(like) // len(gammas))
 
 
 def calls(
@@ -130,9 +133,10 @@ def calls(
         ("routed_linear", (x, *p.qkv, layout, p.map_for(p.qkv[0])), {"impl": impl}),
         ("shared_attention", (qkv, None, None, layout),
          {"bias": bias, "causal": causal, "prefix": prefix, "impl": impl}),
-        ("routed_linear", (x, *p.proj, layout, p.map_for(p.proj[0])), 
-         {"residual": x, "row_scale": row_scale1, "impl": impl}),
+        ("routed_linear", (x, *p.proj, layout, p.map_for(p.proj[0])),
+         {"gamma": _for_all(p.gamma1, p.proj[0]), "residual": x, "row_scale": row_scale1, "impl": impl}),
         ("routed_norm", (x, *p.norm2, layout, p.map_for(p.norm2[0])), norm),
         ("routed_ffn", (x, p.w1, p.b1, p.w2, p.b2, layout, p.map_for(p.w1)),
-         {"activation": p.activation, "residual": x, "row_scale": row_scale2, "recompute": recompute, "impl": impl}),
+         {"activation": p.activation, "gamma": _for_all(p.gamma2, p.w1), "residual": x, "row_scale": row_scale2,
+          "recompute": recompute, "impl": impl}),
     ]  # fmt: skip

@@ -89,8 +89,8 @@ def shared_attention(
     if not packed and (k is None or v is None):
         raise ValueError(f"{op}: `k` and `v` must both be given, or both be None with a packed `q`")
     common.check_rows(op, "q", q, layout, dims=4 if packed else 3)
-    if packed and q.shape[1] != 3:
-        raise ValueError(f"{op}: a packed `q` must be [T, 3, H, Dh], got {list(q.shape)}")
+    if packed and (q.shape[1] != 3 or q.shape[2] == 0):
+        raise ValueError(f"{op}: a packed `q` must be [T, 3, H, Dh] with a head or more, got {list(q.shape)}")
     heads, head_dim = q.shape[-2:]
     if not packed:
         _check_kv(op, q, k, v, layout)
@@ -111,6 +111,7 @@ def shared_attention(
             raise ValueError(f"{op}: `prefix` must be int32, got {prefix.dtype}")
         if not causal:
             raise ValueError(f"{op}: `prefix` needs causal=True, got causal=False")
+        prefix = prefix.contiguous()  # a column of a table, or one number expanded: kernels read it as a table
     scale = head_dim**-0.5 if scale is None else float(scale)
     impl = select(Request(op, q.device, dtype), impl)
     seqs = layout.sequences()

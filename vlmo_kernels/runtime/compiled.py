@@ -13,6 +13,14 @@ import torch
 FOLDER = Path(__file__).resolve().parents[1] / "lib"
 SOURCES = FOLDER.parents[1] / "csrc"
 MEND = "python setup.py build_ext --inplace"
+# What Python calls; a library of an earlier version may lack some.
+OPS = {
+    "vlmo_kernels_cpu": (
+        "isa", "plan", "attention_forward", "attention_backward", "attention_dbias_groups", "norm_forward",
+        "norm_backward", "column_sums",
+    ),
+    "vlmo_kernels_cuda": ("plan",),
+}  # fmt: skip
 INSTRUCTIONS = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 
 
@@ -52,7 +60,10 @@ def _ops(name: str):
         torch.ops.load_library(str(path))
     except OSError as error:  # made for another system, or for a newer torch
         return None, f"{path.name} does not load: {error.__cause__ or error}. Hint: {MEND}"
-    return getattr(torch.ops, name), None
+    found = getattr(torch.ops, name)
+    if missing := [op for op in OPS[name] if not hasattr(found, op)]:
+        return None, f"{path.name} was built from older sources, without {', '.join(missing)}. Hint: {MEND}"
+    return found, None
 
 
 @cache

@@ -51,7 +51,7 @@ class Choice(NamedTuple):
     source: str
 
 
-_forced: dict[str, Choice] = {}
+_forced: dict[str, Choice | None] = {}
 
 
 def find(problem: Problem, device: torch.device) -> Choice | None:
@@ -65,10 +65,13 @@ def find(problem: Problem, device: torch.device) -> Choice | None:
 
 
 @contextlib.contextmanager
-def forced(choices: dict[str, tuple[Any, ...] | str]) -> Iterator[None]:
-    """Within, launches of these kernels take these configurations, in every thread (autograd has its own)."""
+def forced(choices: dict[str, tuple[Any, ...] | str | None]) -> Iterator[None]:
+    """Within, launches of these kernels take these configurations, in every thread (autograd has its own).
+
+    None: what the heuristics choose, whatever the tables say.
+    """
     before = dict(_forced)
-    _forced.update({kernel: Choice(config, "forced") for kernel, config in choices.items()})
+    _forced.update({kernel: c if c is None else Choice(c, "forced") for kernel, c in choices.items()})
     try:
         yield
     finally:
@@ -154,14 +157,16 @@ def write(path: Path, table: dict[str, Any]) -> None:
 @cache
 def _entries(arch: str) -> dict[tuple[str, str, tuple[int, ...]], Choice]:
     found = {}
-    for path, name in ((SHIPPED / f"{arch}.json", "shipped table"), (user_file(arch), "user cache")):
-        if not path.exists():
-            continue
+    for name in ("shipped table", "user cache"):
         try:
+            path = user_file(arch) if name == "user cache" else SHIPPED / f"{arch}.json"
+            if not path.exists():
+                continue
             table = read(path)
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             # A forward must not fail over a file that only makes it faster.
-            warnings.warn(f"{error}; the heuristics are used. Hint: delete it, or tune again", stacklevel=2)
+            hint = "Hint: delete it, tune again, or set VLMO_KERNELS_CACHE"
+            warnings.warn(f"{error}; the heuristics are used. {hint}", stacklevel=2)
             continue
         for e in table["entries"]:
             config = e["config"] if isinstance(e["config"], str) else tuple(e["config"])

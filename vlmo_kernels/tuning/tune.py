@@ -132,7 +132,7 @@ def settle(job: Job, device: str, deadline: float) -> tuple[dict[str, Any] | Non
     """Gate and race one launch's candidates; the entry for the table, and what was left out."""
     name = job.problem.kernel
     exact, eager = job.plain(torch.float64), job.plain(job.problem.dtype)
-    racing: dict[Any, dict[str, Any]] = {None: job.without}
+    racing: dict[Any, dict[str, Any]] = {None: job.without | {name: None}}  # an older entry must not race as them
     wrong = failed = late = 0
     for candidate in job.candidates:
         if time.perf_counter() > deadline:

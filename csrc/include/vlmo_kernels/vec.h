@@ -133,8 +133,10 @@ static inline vf vmax(vf a, vf b) {
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif VLMO_AVX2
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
-#else
+#elif defined(__x86_64__)
   return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
 #endif
 }
 
