@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vlmo_kernels.bench import environment
-from vlmo_kernels.bench.display import table
+from vlmo_kernels import bench
 
 from . import shapes
 from .config import CONFIGS
@@ -59,7 +58,7 @@ class Setup:
 
     config: str = "small"
     pictures: int = 60_000
-    steps: tuple[int, int, int] = (160, 100, 600)
+    steps: tuple[int, int, int] = (160, 100, 1000)
     batch_size: int = 64
     lr: float = 8e-4
     question_steps: int = 300
@@ -108,7 +107,7 @@ def run(out: Path, setup: Setup, results: Path | None = None, seed: int = 0, nam
     unknown = set(names) - set(TITLES)
     if unknown:
         raise ValueError(f"compare: names must be among {', '.join(TITLES)}, got {', '.join(sorted(unknown))}.")
-    bf16 = environment.cpu_supports_bf16()
+    bf16 = bench.cpu_supports_bf16()
     config = CONFIGS[setup.config]
     if setup.max_text_len:
         config = replace(config, max_text_len=setup.max_text_len)
@@ -144,17 +143,18 @@ def run(out: Path, setup: Setup, results: Path | None = None, seed: int = 0, nam
         "contestants": found,
         "timings": timings,
         "precision": "bf16" if bf16 else "fp32",
-        "versions": environment.versions(),
-        "commit": environment.commit(),
-        "device": environment.device_name("cpu"),
+        "versions": bench.versions(),
+        "commit": bench.commit(),
+        "device": bench.device_name("cpu"),
     }
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / f"{SUITE}.json", *([results] if results else [])):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(result, indent=1) + "\n")
     draw(result, out / f"{SUITE}.png")
-    table("VLMo and what it is compared with", *rows_of(result), notes_of(result))
-    table("Seconds to rank N images for each of N texts", *times_of(result), "* computed from the largest N measured")
+    bench.table("VLMo and what it is compared with", *rows_of(result), notes_of(result))
+    note = "* computed from the largest N measured"
+    bench.table("Seconds to rank N images for each of N texts", *times_of(result), note)
     print(f"{out / f'{SUITE}.json'}, {out / f'{SUITE}.png'}")
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlmo_kernels.bench import environment
-from vlmo_kernels.bench.display import table
+from vlmo_kernels import bench
 
 from . import shapes
 from .data import Batch
@@ -56,7 +55,7 @@ class Scale:
 FULL = Scale(
     "small",
     60_000,
-    {"vision": (160, 64, 1e-3), "language": (100, 64, 1e-3), "vision-language": (600, 64, 8e-4)},
+    {"vision": (160, 64, 1e-3), "language": (100, 64, 1e-3), "vision-language": (1000, 64, 8e-4)},
 )
 QUICK = replace(
     FULL,
@@ -73,7 +72,7 @@ def run(
     precision: None for bf16 where the CPU has it. resume: go on with a demo in `out` that was stopped.
     """
     if precision is None:
-        precision = "bf16" if environment.cpu_supports_bf16() else "fp32"
+        precision = "bf16" if bench.cpu_supports_bf16() else "fp32"
     begun = time.perf_counter()
     times = train(out, scale, seed, impl, precision, resume)
     logs = {stage: read_log(out / stage) for stage in STAGES}
@@ -93,9 +92,9 @@ def run(
         "recipe": {stage: dict(zip(("steps", "batch_size", "lr"), value)) for stage, value in scale.stages.items()},
         "precision": precision,
         "impl": impl,
-        "versions": environment.versions(),
-        "commit": environment.commit(),
-        "device": environment.device_name("cpu"),
+        "versions": bench.versions(),
+        "commit": bench.commit(),
+        "device": bench.device_name("cpu"),
     }
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     draw_curves(out / "curves.png", logs)
@@ -282,7 +281,7 @@ def show(results: dict, scale: Scale, out: Path) -> None:
     ]
     minutes = results["seconds"] / 60
     said = results["variety"]
-    table(
+    bench.table(
         f"{scale.heldout} held-out captioned pictures, after {minutes:.1f} minutes ({results['precision']})",
         ("figure", "reached", "wanted", "chance"),
         rows,

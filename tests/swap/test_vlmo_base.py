@@ -12,7 +12,7 @@ from torch import nn
 
 import vlmo
 import vlmo_kernels
-from tests.common.agreement import _to_magnitude_one
+from tests.common.agreement import to_magnitude_one
 from tests.common.eager import _SoftmaxProduct
 from tests.common.numerics import assert_close_as_eager
 from vlmo.model import VLMo
@@ -79,7 +79,7 @@ def test_swapped_base_equals_the_published_model_to_fp32_rounding(
         if not right.any():
             assert not actual[key].any(), f"{key}: a parameter that takes no part must get zeros"
             continue
-        factor = _to_magnitude_one(right)
+        factor = to_magnitude_one(right)
         pools[re.sub(r"\.\d+\.", ".", key)].append([(t * factor).flatten() for t in (actual[key], right, eager[key])])
     assert "d relative_position_bias_table" in pools
     for key, pool in pools.items():
