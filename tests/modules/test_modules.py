@@ -183,3 +183,10 @@ def test_checkpointing_gives_the_same_gradients():
     y = torch.utils.checkpoint.checkpoint(block, x, LAYOUT, use_reentrant=False)
     (actual,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(actual, expected)
+
+
+def test_encoder_names_what_is_wrong():
+    with pytest.raises(ValueError, match=r"`vl_start` must lie in 0..depth=2 or be None, got 9"):
+        MoMEEncoder(2, 16, 2, vl_start=9)
+    with pytest.raises(ValueError, match=r"MoMEEncoder: `x` must be \[T, 16\], got \[7, 12\]"):
+        MoMEEncoder(2, 16, 2)(torch.randn(7, 12), ModalityLayout.from_lengths({"text": 3, "image": 4}))

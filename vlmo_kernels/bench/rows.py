@@ -66,8 +66,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """Read rows and check them.
 
     Raises:
-        ValueError: the file is no list of rows.
+        ValueError: the file is missing, or no list of rows.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"rows: '{path}' must be a results file (vlmo-kernels bench --json FILE), it is not there")
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -110,6 +110,9 @@ class MoMEEncoder(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        if vl_start is not None and not 0 <= vl_start <= depth:
+            raise ValueError(f"MoMEEncoder: `vl_start` must lie in 0..depth={depth} or be None, got {vl_start}")
+        self.dim = dim
         by_modality = {m: i for i, m in enumerate(modalities)}
         with_vl = by_modality | {f"{m}.mixed": len(modalities) for m in modalities}
         self.blocks = nn.ModuleList()
@@ -141,6 +144,8 @@ class MoMEEncoder(nn.Module):
         causal: bool = False,
     ) -> torch.Tensor:
         """`biases`: one per block, or None."""
+        if x.dim() != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"MoMEEncoder: `x` must be [T, {self.dim}], got {list(x.shape)}")
         for i, block in enumerate(self.blocks):
             x = block(x, layout, None if biases is None else biases[i], causal)
         return self.norm(x, layout)
