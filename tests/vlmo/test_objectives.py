@@ -214,11 +214,15 @@ def test_loss_weights() -> None:
 
 
 def test_contrast_of_perfect_and_useless_features() -> None:
-    eye = torch.eye(4)
-    loss, to_text, _ = contrastive_loss(eye, eye, torch.tensor(5.0))
-    assert loss < 1e-4 and torch.equal(to_text.argmax(1), torch.arange(4))
-    same = torch.ones(4, 4) / 2
-    assert abs(float(contrastive_loss(same, same, torch.tensor(0.0))[0]) - math.log(4)) < 1e-6
+    own = torch.arange(4)
+    for features, logit_scale, of_one_row in (
+        (torch.eye(4), 5.0, math.log1p(3 * math.exp(-math.exp(5.0)))),
+        (torch.ones(4, 4) / 2, 0.0, math.log(4)),
+    ):
+        loss, to_text, _ = contrastive_loss(features, features, torch.tensor(logit_scale))
+        eager = F.cross_entropy(math.exp(logit_scale) * features @ features.T, own)
+        assert_close_as_eager(loss, torch.tensor(of_one_row, dtype=torch.float64), eager, "contrast")
+        assert logit_scale == 0.0 or torch.equal(to_text.argmax(1), own)
 
 
 # ------------------------------------------------------------------ DropPath

@@ -19,10 +19,19 @@ from . import gemm as fused
 from . import gemm_grad as fused_grad
 from .gemm import count_row_tiles, group_bounds, locate_row_tile, on_device, pointers_of, row_tile_bound
 
-TILE_ROWS, TILE_COLUMNS, WARPS = 32, 128, 4  # 32 values a thread
-GRAD_ROWS, GRAD_COLUMNS = 32, 64  # 16 values a thread: a gated derivative keeps six of each
+TILE_ROWS, WARPS = 32, 4
+# 32 values a thread, or 16: a gated layer keeps two of each (8 bytes spill on sm_120), its derivative six.
+TILE_COLUMNS, NARROW_COLUMNS = 128, 64
 
 Optional = torch.Tensor | None
+
+
+@triton.jit
+def _elements(first, end, column, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Offsets of a tile of a contiguous `[T, N]`, and which of them lie in the segment."""
+    row, cols = tl.arange(0, BM), column + tl.arange(0, BN)
+    inside = (row < end - first)[:, None] & (cols < N)[None, :]
+    return first.to(tl.int64) * N + row[:, None] * N + cols[None, :], inside
 
 
 @triton.jit
@@ -37,10 +46,7 @@ def pointwise_kernel(
     if row_tile < count_row_tiles(OFFSETS, GROUPS, SEGMENTS, BM):
         segment, first, end = locate_row_tile(row_tile, OFFSETS, GROUPS, SEGMENTS, BM)
         column = tl.program_id(1) * BN
-        row = tl.arange(0, BM)
-        cols = column + tl.arange(0, BN)
-        inside = (row < end - first)[:, None] & (cols < N)[None, :]
-        at = first.to(tl.int64) * N + row[:, None] * N + cols[None, :]
+        at, inside = _elements(first, end, column, N, BM, BN)
         z = tl.load(Z + at, mask=inside, other=0.0).to(tl.float32)
         u = z
         if IS_GATED:
@@ -64,10 +70,7 @@ def pointwise_grad_kernel(
     if row_tile < count_row_tiles(OFFSETS, GROUPS, SEGMENTS, BM):
         segment, first, end = locate_row_tile(row_tile, OFFSETS, GROUPS, SEGMENTS, BM)
         column = tl.program_id(1) * BN
-        row = tl.arange(0, BM)
-        cols = column + tl.arange(0, BN)
-        inside = (row < end - first)[:, None] & (cols < N)[None, :]
-        at = first.to(tl.int64) * N + row[:, None] * N + cols[None, :]
+        at, inside = _elements(first, end, column, N, BM, BN)
         acc = tl.load(DX + at, mask=inside, other=0.0).to(tl.float32)
         fused_grad._store(
             acc, row_tile, first, end, column, ROW_SCALE, PRE, UP, DX, DX_UP, H, DB, DB_UP, N, ACTIVATION,
@@ -107,13 +110,14 @@ def gemm(
     if activation == "none" and not gated and not gamma_mask and row_scale is None and residual is None:
         return pre, pre if save else None, None
     y = x.new_empty(rows, n, dtype=x.dtype if residual is None else residual.dtype)
+    columns = NARROW_COLUMNS if gated else TILE_COLUMNS
     with on_device(x):
-        pointwise_kernel[(row_tile_bound(rows, len(experts), TILE_ROWS), triton.cdiv(n, TILE_COLUMNS))](
+        pointwise_kernel[(row_tile_bound(rows, len(experts), TILE_ROWS), triton.cdiv(n, columns))](
             pre, up, g, None if row_scale is None else row_scale.contiguous(), residual, y, route.offsets,
             0 if residual is None else residual.stride(0),
             N=n, GROUPS=group_bounds(route.segments), SEGMENTS=len(experts), GAMMA_MASK=gamma_mask,
             ACTIVATION=activation, IS_GATED=gated, HAS_ROW_SCALE=row_scale is not None,
-            HAS_RESIDUAL=residual is not None, EXACT=x.dtype == torch.float32, BM=TILE_ROWS, BN=TILE_COLUMNS,
+            HAS_RESIDUAL=residual is not None, EXACT=x.dtype == torch.float32, BM=TILE_ROWS, BN=columns,
             num_warps=WARPS,
         )  # fmt: skip
     return y, pre if save else None, up if save else None
@@ -144,21 +148,21 @@ def input_grad(
     if zero_tail:
         dx[route.live_rows() :].zero_()
     experts = len(route.segments)
-    tiles = row_tile_bound(rows, experts, GRAD_ROWS)
+    tiles = row_tile_bound(rows, experts, TILE_ROWS)
     dx_up = torch.empty_like(dx) if up is not None else None
     hidden = torch.empty_like(dx) if save_hidden else None
     db = dy.new_empty(tiles, n, dtype=torch.float32) if save_db else None
     db_up = dy.new_empty(tiles, n, dtype=torch.float32) if save_db and up is not None else None
     if pre is not None or row_scale is not None or save_db:
         with on_device(dy):
-            pointwise_grad_kernel[(tiles, triton.cdiv(n, GRAD_COLUMNS))](
+            pointwise_grad_kernel[(tiles, triton.cdiv(n, NARROW_COLUMNS))](
                 None if row_scale is None else row_scale.contiguous(), pre, up, dx, dx_up, hidden, db, db_up,
                 route.offsets,
                 N=n, GROUPS=group_bounds(route.segments), SEGMENTS=experts, ACTIVATION=activation,
                 IS_GATED=up is not None, HAS_ROW_SCALE=row_scale is not None, SAVE_H=save_hidden, SAVE_DB=save_db,
-                EXACT=dy.dtype == torch.float32, BM=GRAD_ROWS, BN=GRAD_COLUMNS, num_warps=WARPS,
+                EXACT=dy.dtype == torch.float32, BM=TILE_ROWS, BN=NARROW_COLUMNS, num_warps=WARPS,
             )  # fmt: skip
-    return fused_grad.InputGrad(dx, dx_up, hidden, db, db_up, GRAD_ROWS)
+    return fused_grad.InputGrad(dx, dx_up, hidden, db, db_up, TILE_ROWS)
 
 
 def weight_grad(dy: torch.Tensor, x: torch.Tensor, route: Route, outs: list[Optional]) -> None:
@@ -201,14 +205,15 @@ def audit_cases() -> list[AuditCase]:
                     pointwise_kernel, f"pointwise {name} {dtype}",
                     dict(Z=t, U=up, GAMMA=("*fp32",) * 3, ROW_SCALE="*fp32", RESIDUAL="*fp32", Y="*fp32",
                          OFFSETS="*i32", stride_residual="i32"),
-                    route | kinds | dict(GAMMA_MASK=7, HAS_RESIDUAL=True, BM=TILE_ROWS, BN=TILE_COLUMNS),
+                    route | kinds | dict(GAMMA_MASK=7, HAS_RESIDUAL=True, BM=TILE_ROWS,
+                                         BN=NARROW_COLUMNS if gated else TILE_COLUMNS),
                     WARPS, 3, divisible=("stride_residual",),
                 ),
                 AuditCase(
                     pointwise_grad_kernel, f"pointwise grad {name} {dtype}",
                     dict(ROW_SCALE="*fp32", PRE=t, UP=up, DX=t, DX_UP=up, H=t, DB="*fp32",
                          DB_UP="*fp32" if gated else None, OFFSETS="*i32"),
-                    route | kinds | dict(SAVE_H=True, SAVE_DB=True, BM=GRAD_ROWS, BN=GRAD_COLUMNS),
+                    route | kinds | dict(SAVE_H=True, SAVE_DB=True, BM=TILE_ROWS, BN=NARROW_COLUMNS),
                     WARPS, 3,
                 ),
             ]  # fmt: skip
