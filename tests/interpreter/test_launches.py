@@ -7,8 +7,8 @@ import importlib
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import GridExecutor
 
+from tests.common.launches import record_launches
 from vlmo_kernels import ModalityLayout, MoMEBlock
 
 # What runs inside an op, out of sight of a dispatch mode around it.
@@ -41,18 +41,8 @@ class Launches(TorchDispatchMode):
 
     def __init__(self, monkeypatch) -> None:
         super().__init__()
-        self.triton: list[tuple] = []
+        self.triton = record_launches(monkeypatch)
         self.aten: list[str] = []
-        original = GridExecutor.__call__
-
-        def record(executor, *args, **kwargs):
-            integers = [a for a in args if isinstance(a, (int, float, bool))]
-            constants = {k: v for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
-            self.triton.append((executor.fn.__name__, executor.grid, integers, constants))
-            with torch.utils._python_dispatch._disable_current_modes():  # the interpreter's own copies do not count
-                return original(executor, *args, **kwargs)
-
-        monkeypatch.setattr(GridExecutor, "__call__", record)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

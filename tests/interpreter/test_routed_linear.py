@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
+from tests.common.launches import record_launches
 from tests.common.numerics import assert_close_as_eager
 from tests.common.red_zone import red_zones
-from vlmo_kernels.kernels import bias_grad, gemm, gemm_grad, routed_linear
+from vlmo_kernels.kernels import routed_linear
 from vlmo_kernels.reference import routed_linear as reference
 from vlmo_kernels.runtime.route import Route
 
@@ -233,29 +234,7 @@ def test_rows_of_other_experts_do_not_matter() -> None:
 
 def test_launch_depends_on_capacity_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches of one capacity: the same grids, constants and integers, as a captured graph needs."""
-    launches: list[tuple] = []
-
-    def recording(kernel):
-        class Recorder:
-            def __getitem__(self, grid):
-                def launch(*args, **constants):
-                    plain = [a for a in args if isinstance(a, int | float | bool)]
-                    launches.append((grid, plain, constants))
-                    kernel[grid](*args, **constants)
-
-                return launch
-
-        return Recorder()
-
-    for module, name in (
-        (gemm, "gemm_kernel"),
-        (gemm_grad, "input_grad_kernel"),
-        (gemm_grad, "weight_grad_kernel"),
-        (gemm_grad, "reduce_weight_grad_kernel"),
-        (bias_grad, "column_sums_kernel"),
-        (bias_grad, "bias_grad_kernel"),
-    ):
-        monkeypatch.setattr(module, name, recording(getattr(module, name)))
+    launches = record_launches(monkeypatch)
     seen = []
     for offsets in ([0, 3, 90], [0, 80, 80]):
         case = Case("dead rows", 40, 24, torch.float32, full=True)

@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
+from tests.common.launches import record_launches
 from tests.common.numerics import assert_close_as_eager
 from tests.common.red_zone import red_zones
-from vlmo_kernels.kernels import norm_bwd, norm_fwd, routed_norm
+from vlmo_kernels.kernels import routed_norm
 from vlmo_kernels.reference import routed_norm as reference
 from vlmo_kernels.runtime.route import Route
 
@@ -259,23 +260,7 @@ def test_too_wide_is_refused() -> None:
 
 def test_launch_depends_on_capacity_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches of one capacity: the same grids, constants and integers, as a captured graph needs."""
-    launches: list[tuple] = []
-
-    def recording(kernel):
-        class Recorder:
-            def __getitem__(self, grid):
-                def launch(*args, **constants):
-                    plain = [a for a in args if isinstance(a, int | float | bool)]
-                    launches.append((grid, plain, constants))
-                    kernel[grid](*args, **constants)
-
-                return launch
-
-        return Recorder()
-
-    for name in ("norm_forward", "norm_backward", "norm_reduce"):
-        kernel = getattr(norm_fwd if name == "norm_forward" else norm_bwd, name)
-        monkeypatch.setattr(routed_norm, name, recording(kernel))
+    launches = record_launches(monkeypatch)
     seen = []
     for offsets in ([0, 3, 9], [0, 8, 8]):
         case = Case("dead rows", 40, torch.float32, "layer")

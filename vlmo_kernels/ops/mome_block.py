@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -111,32 +112,24 @@ def _for_all(gammas: Tensors, like: Tensors) -> list[torch.Tensor | None]:
     return list(gammas) * (len(like) // len(gammas))
 
 
-def calls(
-    x: torch.Tensor,
-    params: MoMEBlockParams,
-    layout: ModalityLayout,
-    *,
-    bias: torch.Tensor | RelativePositionBias | None = None,
-    causal: bool = False,
-    prefix: torch.Tensor | None = None,
-    row_scale1: torch.Tensor | None = None,
-    row_scale2: torch.Tensor | None = None,
-    recompute: str = "activation",
-    impl: str = "auto",
-) -> list[tuple[str, tuple, dict]]:
-    """The ops of a block with arguments of the right kind, for `explain`; results stand in as empty buffers."""
-    p = params
+def calls(given: Mapping[str, Any]) -> list[tuple[str, tuple, dict]]:
+    """The ops of a block with arguments of the right kind, for `explain`; results stand in as empty buffers.
+
+    Args:
+        given: arguments of `mome_block` by name, all of them.
+    """
+    x, p, layout, impl = given["x"], given["params"], given["layout"], given["impl"]
     qkv = x.new_empty(x.shape[0], 3, p.heads, x.shape[1] // p.heads)
     norm = {"kind": p.norm_kind, "eps": p.eps, "impl": impl}
     return [
         ("routed_norm", (x, *p.norm1, layout, p.map_for(p.norm1[0])), norm),
         ("routed_linear", (x, *p.qkv, layout, p.map_for(p.qkv[0])), {"impl": impl}),
         ("shared_attention", (qkv, None, None, layout),
-         {"bias": bias, "causal": causal, "prefix": prefix, "impl": impl}),
+         {name: given[name] for name in ("bias", "causal", "prefix", "impl")}),
         ("routed_linear", (x, *p.proj, layout, p.map_for(p.proj[0])),
-         {"gamma": _for_all(p.gamma1, p.proj[0]), "residual": x, "row_scale": row_scale1, "impl": impl}),
+         {"gamma": _for_all(p.gamma1, p.proj[0]), "residual": x, "row_scale": given["row_scale1"], "impl": impl}),
         ("routed_norm", (x, *p.norm2, layout, p.map_for(p.norm2[0])), norm),
         ("routed_ffn", (x, p.w1, p.b1, p.w2, p.b2, layout, p.map_for(p.w1)),
-         {"activation": p.activation, "gamma": _for_all(p.gamma2, p.w1), "residual": x, "row_scale": row_scale2,
-          "recompute": recompute, "impl": impl}),
+         {"activation": p.activation, "gamma": _for_all(p.gamma2, p.w1), "residual": x,
+          "row_scale": given["row_scale2"], "recompute": given["recompute"], "impl": impl}),
     ]  # fmt: skip

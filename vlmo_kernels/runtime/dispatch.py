@@ -153,10 +153,15 @@ def _configurations(function, found: _Explained, args, kwargs) -> dict[str, str]
     """Launch to the source of its configuration, for the ops that have tables."""
     tables = importlib.import_module("vlmo_kernels.tuning.tables")
     problems = getattr(load(found.request.op, "triton"), "problems", None)
+    known = problems(_by_name(function, args, kwargs), found.request.dtype) if problems else []
+    return {str(problem): tables.source(problem, found.request.device) for problem in known}
+
+
+def _by_name(function, args, kwargs) -> dict[str, object]:
+    """All arguments of a call, defaults included."""
     call = inspect.signature(function).bind(*args, **kwargs)
     call.apply_defaults()
-    known = problems(call.arguments, found.request.dtype) if problems else []
-    return {str(problem): tables.source(problem, found.request.device) for problem in known}
+    return call.arguments
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:
@@ -179,8 +184,9 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     if op not in names:
         raise ValueError(f"explain: `op` must be one of {', '.join(names)}, got {op!r}")
     if op == "mome_block":
-        calls = importlib.import_module("vlmo_kernels.ops.mome_block").calls(*args, **kwargs)
-        parts = tuple(explain(name, *a, **k) for name, a, k in calls)
+        calls = importlib.import_module("vlmo_kernels.ops.mome_block").calls
+        given = _by_name(ops.mome_block, args, kwargs)
+        parts = tuple(explain(name, *a, **k) for name, a, k in calls(given))
         chosen = {part.chosen for part in parts}
         agreed = chosen.pop() if len(chosen) == 1 else None if None in chosen else "mixed"
         return Explanation(op, agreed, parts=parts)
