@@ -3,11 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 
+#include "tasks.h"
 #include "vlmo_kernels/attention.h"
 #include "vlmo_kernels/cpu_isa.h"
 
@@ -131,22 +129,9 @@ Attention describe(
 
 using Run = void (*)(const Attention&, int64_t, int64_t, char*);
 
-// Threads take the next task when they have done one. Which thread does a task changes nothing in its result.
-void run(const Attention& a, int64_t tasks, size_t scratch_bytes, Run kernel) {
-  if (tasks == 0 || a.longest == 0 || a.head_dim == 0) return;
-  const int64_t available = torch::stable::get_num_threads(), threads = tasks < available ? tasks : available;
-  const size_t bytes = (scratch_bytes + 4095) / 4096 * 4096;  // threads do not share a page
-  const std::unique_ptr<char, decltype(&std::free)> scratch(
-      static_cast<char*>(std::aligned_alloc(4096, bytes * threads)), &std::free);
-  STD_TORCH_CHECK(scratch, "attention: out of memory, ", bytes * threads, " bytes of scratch");
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        kernel(a, task, task + 1, scratch.get() + bytes * thread);
-      }
-    }
-  });
+void run(const Attention& a, int64_t tasks, size_t scratch, Run kernel) {
+  if (a.longest == 0 || a.head_dim == 0) return;
+  vlmo_kernels::run_tasks(tasks, scratch, [&](int64_t task, char* memory) { kernel(a, task, task + 1, memory); });
 }
 
 void forward(

@@ -11,7 +11,7 @@ from tests.common.numerics import assert_close_as_eager
 from tests.common.problems import PROBLEMS
 from tests.common.red_zone import red_zones
 from vlmo_kernels.cpu import routed_norm as cpu
-from vlmo_kernels.cpu.routed_linear import column_sums
+from vlmo_kernels.cpu.onednn import column_sums
 from vlmo_kernels.reference import routed_norm as reference
 from vlmo_kernels.runtime import compiled
 from vlmo_kernels.runtime.route import Route

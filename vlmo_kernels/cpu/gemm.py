@@ -1,50 +1,51 @@
-"""Dense layers on a row range, through the oneDNN linear that torch exposes to its own compiler."""
+"""Dense layers on a row range: which of two implementations computes them, `dense` (compiled) or `onednn`."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
-from vlmo_kernels.runtime.frozen import packed_weight
+from vlmo_kernels.runtime import compiled
 
-Optional = torch.Tensor | None
-DTYPES = (torch.float32, torch.bfloat16)
-
-# activation -> (name, algorithm) of oneDNN's epilogue
-_FUSED = {
-    "none": ("none", None),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", None),
-    "silu": ("swish", None),
-}
+from . import dense, onednn
 
 
-def available() -> bool:
-    """Whether this torch has the oneDNN linear with fused epilogues."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def backend() -> ModuleType:
+    """The module whose functions run. With AMX tiles, and without vector instructions, oneDNN is ahead."""
+    return dense if dense.why_not() is None else onednn
 
 
 def why_not(request) -> str | None:
-    """Why the oneDNN path cannot take a call, or None."""
-    if not available():
-        return "this torch was built without oneDNN"
-    if request.dtype not in DTYPES:
-        return f"oneDNN GEMMs here take fp32 and bf16, got {request.dtype}"
-    if request.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this CPU has no bf16 instructions"
-    return None
+    """Why neither can take a call, or None."""
+    if dense.why_not() is None:
+        known = dense.DTYPES
+        return None if request.dtype in known else f"takes fp32, bf16 and fp16, got {request.dtype}"
+    return onednn.why_not(request.dtype)
 
 
-def dense(x: torch.Tensor, weight: torch.Tensor, bias: Optional, activation: str = "none") -> torch.Tensor:
-    """`act(x @ weight.T + bias)`, `[R, K]` times `[N, K]`, the activation in the GEMM's fp32 epilogue."""
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    name, algorithm = _FUSED[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, packed_weight(weight, x.shape[0]), bias, name, [], algorithm)
+def how(request) -> str:
+    """What runs, for `explain`."""
+    why = dense.why_not()
+    return f"compiled kernels ({compiled.instructions()})" if why is None else f"oneDNN; compiled kernels: {why}"
 
 
-def add_dense(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Optional) -> torch.Tensor:
-    """`residual + x @ weight.T + bias`, the sum in the GEMM's epilogue."""
-    return torch.ops.mkldnn._linear_pointwise.binary(
-        x, residual, packed_weight(weight, x.shape[0]), bias, "add"
-    )
+def scaled(dy: torch.Tensor, row_scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of a branch: `row_scale * dy`, in the compute dtype."""
+    return (dy if row_scale is None else dy * row_scale[:, None]).to(dtype)
+
+
+def finish(
+    grads: list[torch.Tensor | None], like: list[torch.Tensor | None], need: list[bool]
+) -> list[torch.Tensor | None]:
+    """Gradients in the dtype of their weights; zeros for an expert without rows."""
+    return [
+        None if not wanted else torch.zeros_like(t) if g is None else g.to(t.dtype)
+        for g, t, wanted in zip(grads, like, need, strict=True)
+    ]
+
+
+def add(totals: list[torch.Tensor | None], expert: int, part: torch.Tensor | None) -> None:
+    """Add a range's gradient to its expert's."""
+    total = totals[expert]
+    totals[expert] = part if total is None or part is None else total + part

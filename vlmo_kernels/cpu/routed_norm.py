@@ -8,7 +8,7 @@ from vlmo_kernels.reference import routed_norm as reference
 from vlmo_kernels.runtime import compiled
 from vlmo_kernels.runtime.route import Route
 
-from .routed_linear import finish
+from .gemm import finish
 
 Optional = torch.Tensor | None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

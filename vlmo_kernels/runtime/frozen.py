@@ -1,14 +1,14 @@
-"""Weights packed once for oneDNN, inside an explicit scope."""
+"""Weights packed once for the CPU's GEMMs, inside an explicit scope."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
-_packed: ContextVar[dict[int, tuple[torch.Tensor, torch.Tensor]] | None] = ContextVar("packed", default=None)
+_packed: ContextVar[dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]] | None] = ContextVar("packed", default=None)
 
 
 @contextmanager
@@ -32,20 +32,25 @@ def frozen_weights(model: torch.nn.Module) -> Iterator[None]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"frozen_weights: `model` must be a torch.nn.Module, got {type(model).__name__}")
     # The parameters themselves are held, so an id cannot be given to another tensor meanwhile.
-    token = _packed.set({id(p): (p, None) for p in model.parameters()})
+    token = _packed.set({id(p): (p, {}) for p in model.parameters()})
     try:
         yield
     finally:
         _packed.reset(token)
 
 
-def packed_weight(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """`weight` `[N, K]` in oneDNN's blocked order for about `rows` rows; from the scope's store if it is in one."""
+def packed_weight(weight: torch.Tensor, order: str, pack: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """What `pack` makes of `weight` for its first call in this scope; None where the weight is not frozen.
+
+    Args:
+        weight: the parameter itself.
+        order: names the order it is packed in.
+        pack: packs it.
+    """
     store = _packed.get()
-    if store is not None and id(weight) in store:
-        owner, packed = store[id(weight)]
-        if packed is None:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-            store[id(weight)] = (owner, packed)
-        return packed
-    return weight
+    if store is None or id(weight) not in store:
+        return None
+    packed = store[id(weight)][1]
+    if order not in packed:
+        packed[order] = pack()
+    return packed[order]

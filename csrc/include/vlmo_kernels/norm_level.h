@@ -7,25 +7,6 @@
 namespace vlmo_kernels {
 namespace VLMO_LEVEL {
 
-// Calls body(i, lanes) for every vector of a row; the last may have fewer than W lanes.
-template <class Body>
-static inline void over_row(int64_t width, Body body) {
-  int64_t i = 0;
-  for (; i + W <= width; i += W) body(i, W);
-  if (i < width) body(i, int(width - i));
-}
-template <class T>
-static inline vf load_some(const T* p, int lanes) {
-  return lanes == W ? load(p) : load_lanes(p, 0, lanes);
-}
-template <class T>
-static inline void store_some(T* p, vf v, int lanes) {
-  if (lanes == W)
-    store(p, v);
-  else
-    store_lanes(p, v, 0, lanes);
-}
-
 static inline vf factor_at(const Norm& a, int64_t i, int lanes) {
   if (!a.weight) return set1(1.0f);
   const vf w = load_some(a.weight + i, lanes);

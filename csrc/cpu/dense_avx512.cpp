@@ -1,0 +1,2 @@
+#define VLMO_LEVEL avx512
+#include "vlmo_kernels/dense_level.h"

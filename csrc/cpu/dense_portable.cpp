@@ -1,0 +1,2 @@
+#define VLMO_LEVEL portable
+#include "vlmo_kernels/dense_level.h"

@@ -1,0 +1,337 @@
+// The dense kernels of one instruction set, as csrc/cpu instantiates them.
+#pragma once
+
+#include "activation.h"
+#include "dense.h"
+#include <initializer_list>
+
+#include "pack.h"
+
+namespace vlmo_kernels {
+namespace VLMO_LEVEL {
+
+constexpr int64_t ROWS = LARGEST_TILE.rows, COLUMNS = LARGEST_TILE.columns, DEPTH = TILE_DEPTH;
+// Rows of a tile are a cache line more than a power of two apart, or they would share a few sets of the cache.
+constexpr int64_t RESULT_ROW = COLUMNS + 16;
+template <class E>
+constexpr int64_t LEFT_ROW = DEPTH + 64 / sizeof(E);
+
+// Calls body with a null pointer to the type of a format.
+template <class Body>
+static inline void with_format(Format format, Body body) {
+  if (format == BF16) return body((bf16*)nullptr);
+  format == FP16 ? body((fp16*)nullptr) : body((float*)nullptr);
+}
+template <class P>
+struct Target;
+template <class T>
+struct Target<T*> {
+  typedef T type;
+};
+
+template <class A, class B>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+  static constexpr bool value = true;
+};
+
+template <class T>
+static inline const T* at(const Matrix& m, int64_t row, int64_t column) {
+  return (const T*)m.data + row * m.row + column;
+}
+
+// `count` rows and `depth` columns of x from (row, column) on, each column times its factor, into `to`; rows of `to` are
+// `stride` apart and zero from `depth` to `padded`.
+template <class E>
+static inline void copy_in(const Matrix& x, const float* factors, int64_t row, int64_t count, int64_t column,
+                           int64_t depth, int64_t padded, E* to, int64_t stride) {
+  with_format(x.format, [&](auto* type) {
+    typedef typename Target<decltype(type)>::type T;
+    for (int64_t r = 0; r < count; r++, to += stride) {
+      const T* from = at<T>(x, row + r, column);
+      bool plain = false;
+      if constexpr (Same<T, E>::value || Same<E, float>::value) plain = !factors;
+      if (plain) {
+        if constexpr (Same<T, E>::value || Same<E, float>::value) copy_row(from, depth, to);
+      } else {
+        over_row(depth, [&](int64_t i, int lanes) {
+          const vf v = load_some(from + i, lanes);
+          store_some(to + i, factors ? v * load_some(factors + column + i, lanes) : v, lanes);
+        });
+      }
+      if (depth < padded) __builtin_memset((void*)(to + depth), 0, (padded - depth) * sizeof(E));
+    }
+  });
+}
+
+// Asks for one of `slices` parts of a tile of m ahead of its turn: on its own a tile's first touch waits for memory.
+static inline void prefetch(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t slice,
+                            int64_t slices) {
+  if (!m.data) return;
+  const int64_t size = m.format == FP32 ? 4 : 2, end = rows * (slice + 1) / slices;
+  for (int64_t r = rows * slice / slices; r < end; r++) {
+    const char* from = (const char*)m.data + ((row + r) * m.row + column) * size;
+    for (int64_t b = 0; b < columns * size; b += 64) __builtin_prefetch(from + b, 0, 2);
+  }
+}
+
+// ------------------------------------------------------------------ weights into panels
+
+template <class E>
+static inline void pack(const Matrix& w, bool swapped, const Panels& p, int64_t task) {
+  constexpr int width = Gemm<E>::width;
+  const int64_t rows = swapped ? p.k : p.n, columns = swapped ? p.n : p.k, panel = width * packed_size(p.k);
+  const int64_t first = task * BLOCK, count = min_of<int64_t>(BLOCK, rows - first);
+  E block[BLOCK * DEPTH];
+  E* to = (E*)p.data;
+  for (int64_t c = 0; c < columns; c += DEPTH) {
+    const int64_t real = min_of(DEPTH, columns - c), padded = packed_size(real);
+    copy_in<E>(w, nullptr, first, count, c, real, padded, block, padded);
+    __builtin_memset((void*)(block + count * padded), 0, (BLOCK - count) * padded * sizeof(E));
+    if (swapped)
+      panels(block, padded, first, to + c / width * panel, panel);
+    else
+      transposed_panels(block, padded, to + first / width * panel + c * width, panel);
+  }
+}
+
+// ------------------------------------------------------------------ forward, and the gradient of the input
+
+template <class E>
+struct DenseTile {
+  using G = Gemm<E>;
+  const Dense& a;
+  int64_t row, rows, column, columns;
+  E* left;       // [ROWS, LEFT_ROW], DEPTH of them used
+  float* result; // [ROWS, RESULT_ROW]
+
+  DenseTile(const Dense& dense, int64_t task, char* scratch) : a(dense) {
+    const int64_t tiles = pieces(a.rows, a.tile.rows);  // neighbouring tasks share a weight
+    row = task % tiles * a.tile.rows;
+    column = task / tiles * a.tile.columns;
+    rows = min_of(a.tile.rows, a.rows - row);
+    columns = min_of(a.tile.columns, a.n - column);
+    result = (float*)scratch;
+    left = (E*)(scratch + ROWS * RESULT_ROW * sizeof(float));
+  }
+
+  void run() {
+    multiply();
+    for (int64_t r = 0; r < rows; r++) a.backward ? backward(r) : forward(r);
+  }
+
+ private:
+  void multiply() {
+    const int64_t steps = round_up(rows, G::row_step), width = packed_size(columns), depth = packed_size(a.k);
+    const E* right = (const E*)a.panels + column * depth;
+    for (int64_t p = 0; p < depth || p == 0; p += DEPTH) {
+      const int64_t padded = min_of(DEPTH, depth - p), real = max_of<int64_t>(0, min_of(DEPTH, a.k - p));
+      copy_in<E>(a.x, a.x_columns, row, rows, p, real, padded, left, LEFT_ROW<E>);
+      for (int64_t r = rows; r < steps; r++) __builtin_memset((void*)(left + r * LEFT_ROW<E>), 0, padded * sizeof(E));
+      const int64_t next = p + DEPTH, ahead = min_of(DEPTH, a.k - next);
+      for (int64_t j = 0; j < width; j += G::width) {
+        const E* panel = right + j * depth + p * G::width;
+        G::run(steps, G::width, padded, left, LEFT_ROW<E>, panel, 0, result + j, RESULT_ROW, p > 0);
+        if (ahead > 0) {
+          prefetch(a.x, row, rows, next, ahead, j / G::width, width / G::width);
+        } else {
+          for (const Matrix* m : {&a.residual, &a.pre, &a.y, &a.hidden})
+            prefetch(*m, row, rows, column, columns, j / G::width, width / G::width);
+        }
+      }
+    }
+  }
+
+  void forward(int64_t r) {
+    float* line = result + r * RESULT_ROW;
+    if (a.bias || a.pre.data) {
+      if (a.bias) each([&](int64_t i, int lanes) { put(line, i, lanes, get(line, i, lanes) + get(a.bias + column, i, lanes)); });
+      if (a.pre.data) write(a.pre, r, line);
+    }
+    if (a.activation != NO_ACTIVATION)
+      with_activation(a.activation, [&](auto kind) {
+        each([&](int64_t i, int lanes) {
+          vf slope;
+          put(line, i, lanes, activate<decltype(kind)::value, false>(get(line, i, lanes), slope));
+        });
+      });
+    if (a.gamma || a.row_scale) {
+      const float factor = a.row_scale ? a.row_scale[row + r] : 1.0f;
+      each([&](int64_t i, int lanes) {
+        vf v = get(line, i, lanes) * factor;
+        if (a.gamma) v = v * get(a.gamma + column, i, lanes);
+        put(line, i, lanes, v);
+      });
+    }
+    if (a.residual.data)
+      with_format(a.residual.format, [&](auto* type) {
+        const auto* from = at<typename Target<decltype(type)>::type>(a.residual, row + r, column);
+        each([&](int64_t i, int lanes) { put(line, i, lanes, get(line, i, lanes) + get(from, i, lanes)); });
+      });
+    write(a.y, r, line);
+  }
+
+  void backward(int64_t r) {
+    float* line = result + r * RESULT_ROW;
+    float values[COLUMNS];
+    if (a.activation != NO_ACTIVATION)
+      with_format(a.pre.format, [&](auto* type) {
+        const auto* pre = at<typename Target<decltype(type)>::type>(a.pre, row + r, column);
+        with_activation(a.activation, [&](auto kind) {
+          each([&](int64_t i, int lanes) {
+            vf slope;
+            const vf value = activate<decltype(kind)::value, true>(get(pre, i, lanes), slope);
+            if (a.hidden.data) put(values, i, lanes, value);
+            put(line, i, lanes, get(line, i, lanes) * slope);
+          });
+        });
+      });
+    if (a.hidden.data) write(a.hidden, r, values);
+    if (a.sums) {
+      float* sums = a.sums + (row + r) / SUM_ROWS * a.n + column;
+      if (r % SUM_ROWS == 0) __builtin_memset(sums, 0, columns * sizeof(float));
+      each([&](int64_t i, int lanes) { put(sums, i, lanes, get(sums, i, lanes) + get(line, i, lanes)); });
+    }
+    write(a.y, r, line);
+  }
+
+  template <class Body>
+  inline void each(Body body) {
+    over_row(columns, body);
+  }
+  template <class T>
+  static inline vf get(const T* p, int64_t i, int lanes) {
+    return load_some(p + i, lanes);
+  }
+  template <class T>
+  static inline void put(T* p, int64_t i, int lanes, vf v) {
+    store_some(p + i, v, lanes);
+  }
+  void write(const Matrix& to, int64_t r, const float* line) {
+    with_format(to.format, [&](auto* type) {
+      auto* p = (decltype(type))to.data + (row + r) * to.row + column;
+      each([&](int64_t i, int lanes) { put(p, i, lanes, get(line, i, lanes)); });
+    });
+  }
+};
+
+// ------------------------------------------------------------------ the gradient of the weight
+
+template <class E>
+struct GradientTile {
+  using G = Gemm<E>;
+  const WeightGrad& a;
+  int64_t n, rows, k, columns;  // `rows` of dw from `n` on, `columns` from `k` on
+  float* result;                // [ROWS, RESULT_ROW]
+  E *left, *right, *block;      // dy' [ROWS, DEPTH]; panels of x [DEPTH, COLUMNS]; [BLOCK, COLUMNS]
+
+  GradientTile(const WeightGrad& gradient, int64_t task, char* scratch) : a(gradient) {
+    const int64_t tiles = pieces(a.n, a.tile.rows);
+    n = task % tiles * a.tile.rows;
+    k = task / tiles * a.tile.columns;
+    rows = min_of(a.tile.rows, a.n - n);
+    columns = min_of(a.tile.columns, a.k - k);
+    result = (float*)scratch;
+    left = (E*)(scratch + ROWS * RESULT_ROW * sizeof(float));
+    right = left + ROWS * LEFT_ROW<E>;
+    block = right + DEPTH * COLUMNS;
+  }
+
+  void run() {
+    const int64_t height = packed_size(rows), width = packed_size(columns);
+    for (int64_t t = 0; t < a.rows || t == 0; t += DEPTH) {
+      const int64_t depth = packed_size(min_of(DEPTH, a.rows - t));
+      for (int64_t i = 0; i < depth; i += BLOCK) {
+        const int64_t count = min_of<int64_t>(BLOCK, a.rows - t - i);
+        fill(a.dy, t + i, count, n, rows, height);
+        transposed_rows(block, height, left + i, LEFT_ROW<E>);
+        fill(a.x, t + i, count, k, columns, width);
+        panels(block, width, i, right, G::width * DEPTH);
+      }
+      const int64_t next = t + DEPTH, ahead = min_of(DEPTH, a.rows - next);
+      for (int64_t j = 0; j < width; j += G::width) {
+        G::run(height, G::width, depth, left, LEFT_ROW<E>, right + j * DEPTH, 0, result + j, RESULT_ROW, t > 0);
+        if (ahead <= 0) continue;
+        prefetch(a.dy, next, ahead, n, rows, j / G::width, width / G::width);
+        prefetch(a.x, next, ahead, k, columns, j / G::width, width / G::width);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) finish(r);
+  }
+
+ private:
+  void fill(const Matrix& x, int64_t row, int64_t count, int64_t column, int64_t real, int64_t padded) {
+    copy_in<E>(x, nullptr, row, count, column, real, padded, block, padded);
+    __builtin_memset((void*)(block + count * padded), 0, (BLOCK - count) * padded * sizeof(E));
+  }
+
+  void finish(int64_t r) {
+    const float* line = result + r * RESULT_ROW;
+    if (a.dots)
+      with_format(a.w.format, [&](auto* type) {
+        const auto* w = at<typename Target<decltype(type)>::type>(a.w, n + r, k);
+        for (int64_t c = 0; c < columns; c += SUM_COLUMNS) {
+          vf sum{};
+          over_row(min_of(SUM_COLUMNS, columns - c), [&](int64_t i, int lanes) {
+            sum = fma(load_some(line + c + i, lanes), load_some(w + c + i, lanes), sum);
+          });
+          a.dots[(k + c) / SUM_COLUMNS * a.n + n + r] = sum_of(sum);
+        }
+      });
+    if (a.dw.data)
+      with_format(a.dw.format, [&](auto* type) {
+        auto* p = (decltype(type))a.dw.data + (n + r) * a.dw.row + k;
+        const float factor = a.gamma ? a.gamma[n + r] : 1.0f;
+        over_row(columns, [&](int64_t i, int lanes) { store_some(p + i, load_some(line + i, lanes) * factor, lanes); });
+      });
+  }
+};
+
+// ------------------------------------------------------------------ by format
+
+#if defined(__AVX512BF16__)
+typedef bf16 DenseOperand;  // of bf16 products
+#else
+typedef float DenseOperand;
+#endif
+
+static void pack_of(const Matrix& w, bool swapped, const Panels& to, int64_t task) {
+  to.format == BF16 ? pack<DenseOperand>(w, swapped, to, task) : pack<float>(w, swapped, to, task);
+}
+template <class E>
+static void dense_as(const Dense& a, int64_t task, char* scratch) {
+  Gemm<E>::open();
+  DenseTile<E>(a, task, scratch).run();
+  Gemm<E>::close();
+}
+static void dense_of(const Dense& a, int64_t task, char* scratch) {
+  a.format == BF16 ? dense_as<DenseOperand>(a, task, scratch) : dense_as<float>(a, task, scratch);
+}
+template <class E>
+static void weight_grad_as(const WeightGrad& a, int64_t task, char* scratch) {
+  Gemm<E>::open();
+  GradientTile<E>(a, task, scratch).run();
+  Gemm<E>::close();
+}
+static void weight_grad_of(const WeightGrad& a, int64_t task, char* scratch) {
+  a.format == BF16 ? weight_grad_as<DenseOperand>(a, task, scratch) : weight_grad_as<float>(a, task, scratch);
+}
+
+constexpr size_t DENSE_SCRATCH =
+    sizeof(float) * (ROWS * (RESULT_ROW + LEFT_ROW<float>) + DEPTH * COLUMNS + BLOCK * COLUMNS);
+
+}  // namespace VLMO_LEVEL
+
+#ifndef VLMO_JOIN
+#define VLMO_JOIN_(a, b) a##b
+#define VLMO_JOIN(a, b) VLMO_JOIN_(a, b)
+#endif
+
+const DenseKernels VLMO_JOIN(dense_kernels_, VLMO_LEVEL) = {
+    VLMO_LEVEL::DENSE_SCRATCH, sizeof(VLMO_LEVEL::DenseOperand) == 2, VLMO_LEVEL::pack_of, VLMO_LEVEL::dense_of,
+    VLMO_LEVEL::weight_grad_of};
+
+}  // namespace vlmo_kernels

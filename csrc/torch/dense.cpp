@@ -1,0 +1,196 @@
+// vlmo_kernels_cpu::pack_weight, dense, dense_backward and weight_grad: shapes, strides and formats for the CPU kernels.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "tasks.h"
+#include "vlmo_kernels/cpu_isa.h"
+#include "vlmo_kernels/dense.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using vlmo_kernels::Activation;
+using vlmo_kernels::Dense;
+using vlmo_kernels::Format;
+using vlmo_kernels::Matrix;
+using vlmo_kernels::Panels;
+using vlmo_kernels::WeightGrad;
+
+const vlmo_kernels::DenseKernels& kernels() {
+#if defined(__x86_64__)
+  if (vlmo_kernels::isa() >= vlmo_kernels::Isa::avx512bf16) return vlmo_kernels::dense_kernels_avx512bf16;
+  if (vlmo_kernels::isa() == vlmo_kernels::Isa::avx512) return vlmo_kernels::dense_kernels_avx512;
+  if (vlmo_kernels::isa() == vlmo_kernels::Isa::avx2) return vlmo_kernels::dense_kernels_avx2;
+#endif
+  return vlmo_kernels::dense_kernels_portable;
+}
+
+Format format_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return vlmo_kernels::FP32;
+    case ScalarType::BFloat16: return vlmo_kernels::BF16;
+    case ScalarType::Half: return vlmo_kernels::FP16;
+    default: STD_TORCH_CHECK(false, "dense: `", name, "` must be fp32, bf16 or fp16");
+  }
+  return vlmo_kernels::FP32;
+}
+
+Matrix matrix_of(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(
+      t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (t.stride(1) == 1 || columns <= 1), "dense: `", name,
+      "` must be [", rows, ", ", columns, "], its rows in one piece");
+  return {format_of(t, name), t.data_ptr(), t.stride(0)};
+}
+Matrix matrix_of(const std::optional<Tensor>& t, const char* name, int64_t rows, int64_t columns) {
+  return t ? matrix_of(*t, name, rows, columns) : Matrix{};
+}
+
+const float* vector_of(const std::optional<Tensor>& t, const char* name, int64_t size) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(
+      t->dim() == 1 && t->size(0) == size && t->scalar_type() == ScalarType::Float && t->is_contiguous(), "dense: `",
+      name, "` must be fp32 [", size, "], contiguous");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+Activation activation_of(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index <= vlmo_kernels::SILU, "dense: `activation` must be 0 to 4, got ", index);
+  return static_cast<Activation>(index);
+}
+
+int64_t panel_elements(int64_t n, int64_t k) { return vlmo_kernels::packed_size(n) * vlmo_kernels::packed_size(k); }
+
+// `w` [n, k], or [k, n] with `swapped`, as the right operand of `x w'` or `x w`.
+Tensor pack_weight(Tensor w, bool swapped) {
+  STD_TORCH_CHECK(w.dim() == 2, "pack_weight: `w` must be a matrix, got ", w.dim(), " dimensions");
+  const Matrix from = matrix_of(w, "w", w.size(0), w.size(1));
+  const auto& kernel = kernels();
+  const bool bf16 = from.format == vlmo_kernels::BF16 && kernel.bf16;
+  Panels to{from.format, w.size(swapped ? 1 : 0), w.size(swapped ? 0 : 1), nullptr};
+  const int64_t sizes[] = {panel_elements(to.n, to.k)};
+  const auto type = std::make_optional(bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  const Tensor out = torch::stable::new_empty(w, {sizes, 1}, type);
+  to.data = out.mutable_data_ptr();
+  const int64_t tasks = vlmo_kernels::packed_size(w.size(0)) / 32;
+  vlmo_kernels::run_tasks(tasks, 0, [&](int64_t task, char*) { kernel.pack(from, swapped, to, task); });
+  return out;
+}
+
+// What forward and backward have in common.
+Dense describe(const Tensor& x, const Tensor& panels, const Tensor& y, Format format) {
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "dense: `x` and `y` must be matrices");
+  Dense a{};
+  a.format = format;
+  a.rows = x.size(0);
+  a.k = x.size(1);
+  a.n = y.size(1);
+  a.x = matrix_of(x, "x", a.rows, a.k);
+  a.y = matrix_of(y, "y", a.rows, a.n);
+  const bool bf16 = format == vlmo_kernels::BF16 && kernels().bf16;
+  STD_TORCH_CHECK(
+      panels.numel() == panel_elements(a.n, a.k) && panels.is_contiguous() &&
+          panels.scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float),
+      "dense: `panels` must be what pack_weight makes of a weight of ", a.n, " by ", a.k);
+  a.panels = panels.const_data_ptr();
+  return a;
+}
+
+void run(Dense& a) {
+  const auto& kernel = kernels();
+  a.tile = vlmo_kernels::tile_for(a.rows, a.n, torch::stable::get_num_threads());
+  vlmo_kernels::run_tasks(
+      vlmo_kernels::tasks_of(a.tile, a.rows, a.n), kernel.scratch,
+      [&](int64_t task, char* scratch) { kernel.dense(a, task, scratch); });
+}
+
+void dense(
+    Tensor x, Tensor panels, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> gamma,
+    std::optional<Tensor> row_scale, std::optional<Tensor> residual, std::optional<Tensor> pre, Tensor y) {
+  Dense a = describe(x, panels, y, format_of(x, "x"));
+  a.bias = vector_of(bias, "bias", a.n);
+  a.activation = activation_of(activation);
+  a.gamma = vector_of(gamma, "gamma", a.n);
+  a.row_scale = vector_of(row_scale, "row_scale", a.rows);
+  a.residual = matrix_of(residual, "residual", a.rows, a.n);
+  a.pre = matrix_of(pre, "pre", a.rows, a.n);
+  run(a);
+}
+
+// Column sums of `parts` [count, width] in order.
+Tensor add_up(const std::vector<float>& parts, int64_t count, int64_t width, const Tensor& like) {
+  const int64_t sizes[] = {width};
+  const Tensor out = torch::stable::new_empty(like, {sizes, 1}, std::make_optional(ScalarType::Float));
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  std::fill(to, to + width, 0.0f);
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t i = 0; i < width; ++i) to[i] += parts[p * width + i];
+  }
+  return out;
+}
+
+Tensor dense_backward(
+    Tensor dy, std::optional<Tensor> gamma, Tensor panels, int64_t activation, std::optional<Tensor> pre,
+    std::optional<Tensor> hidden, bool sums, Tensor dx) {
+  Dense a = describe(dy, panels, dx, format_of(dx, "dx"));
+  a.backward = true;
+  a.x_columns = vector_of(gamma, "gamma", a.k);
+  a.activation = activation_of(activation);
+  STD_TORCH_CHECK(pre.has_value() == (activation != 0), "dense_backward: `pre` belongs to an activation");
+  STD_TORCH_CHECK(pre || !hidden, "dense_backward: `hidden` needs `pre`");
+  a.pre = matrix_of(pre, "pre", a.rows, a.n);
+  a.hidden = matrix_of(hidden, "hidden", a.rows, a.n);
+  const int64_t parts_count = sums ? vlmo_kernels::pieces(a.rows, vlmo_kernels::SUM_ROWS) : 0;
+  std::vector<float> parts(parts_count * a.n);
+  a.sums = sums ? parts.data() : nullptr;
+  run(a);
+  return add_up(parts, parts_count, sums ? a.n : 0, dx);
+}
+
+Tensor weight_grad(
+    Tensor dy, Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> w, std::optional<Tensor> dw) {
+  STD_TORCH_CHECK(dy.dim() == 2 && x.dim() == 2, "weight_grad: `dy` and `x` must be matrices");
+  WeightGrad a{};
+  a.format = format_of(x, "x");
+  a.rows = dy.size(0);
+  a.n = dy.size(1);
+  a.k = x.size(1);
+  a.dy = matrix_of(dy, "dy", a.rows, a.n);
+  a.x = matrix_of(x, "x", a.rows, a.k);
+  a.gamma = vector_of(gamma, "gamma", a.n);
+  a.w = matrix_of(w, "w", a.n, a.k);
+  a.dw = matrix_of(dw, "dw", a.n, a.k);
+  const int64_t parts = w ? vlmo_kernels::pieces(a.k, vlmo_kernels::SUM_COLUMNS) : 0;
+  std::vector<float> dots(parts * a.n);
+  a.dots = w ? dots.data() : nullptr;
+  const auto& kernel = kernels();
+  a.tile = vlmo_kernels::tile_for(a.n, a.k, torch::stable::get_num_threads());
+  vlmo_kernels::run_tasks(
+      vlmo_kernels::tasks_of(a.tile, a.n, a.k), kernel.scratch,
+      [&](int64_t task, char* scratch) { kernel.weight_grad(a, task, scratch); });
+  return add_up(dots, parts, w ? a.n : 0, x);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vlmo_kernels_cpu, m) {
+  m.def("pack_weight(Tensor w, bool swapped) -> Tensor");
+  m.def(
+      "dense(Tensor x, Tensor panels, Tensor? bias, int activation, Tensor? gamma, Tensor? row_scale, "
+      "Tensor? residual, Tensor(a!)? pre, Tensor(b!) y) -> ()");
+  m.def(
+      "dense_backward(Tensor dy, Tensor? gamma, Tensor panels, int activation, Tensor? pre, "
+      "Tensor(a!)? hidden, bool sums, Tensor(b!) dx) -> Tensor");
+  m.def("weight_grad(Tensor dy, Tensor x, Tensor? gamma, Tensor? w, Tensor(a!)? dw) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vlmo_kernels_cpu, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("dense", TORCH_BOX(&dense));
+  m.impl("dense_backward", TORCH_BOX(&dense_backward));
+  m.impl("weight_grad", TORCH_BOX(&weight_grad));
+}

@@ -1,0 +1,182 @@
+"""The compiled dense layers on every instruction set this machine has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.common.agreement import assert_problem_as_eager
+from tests.common.cases import CASES
+from tests.common.numerics import assert_close_as_eager
+from tests.common.problems import PROBLEMS
+from tests.common.red_zone import red_zones
+from vlmo_kernels.cpu import dense, onednn
+from vlmo_kernels.runtime import compiled
+
+OPS = compiled.cpu_ops()
+NAMES = ("avx2", "avx512", "avx512bf16")  # ascending, from 1 on; elsewhere oneDNN is used
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# rows, N, K: less than any tile; a rest in every direction; several tiles, panels and steps of the contraction
+SHAPES = ((1, 1, 1), (3, 33, 7), (130, 70, 300), (129, 520, 257))
+pytestmark = pytest.mark.skipif(OPS is None, reason=f"vlmo_kernels_cpu: {compiled.why_not('vlmo_kernels_cpu')}")
+
+
+@pytest.fixture(params=NAMES)
+def instructions(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("VLMO_KERNELS_ISA", request.param)
+    if OPS.isa() != NAMES.index(request.param) + 1:
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["routed_linear-epilogue", "routed_ffn-full", "routed_ffn-gated_full"])
+def test_as_close_as_eager(name: str, dtype: torch.dtype, instructions: str) -> None:
+    assert_problem_as_eager(PROBLEMS[name], CASES.values(), dtype, impl="cpu", static=True, seeds=1)
+
+
+class Layer:
+    """Operands of one layer, activations with a row stride and an offset."""
+
+    def __init__(self, rows: int, n: int, k: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.x, self.g, self.residual = (draw(rows, size + 3)[:, 1:-2] for size in (k, n, n))
+        self.w, self.pre = draw(n, k) * k**-0.5, draw(rows, k)
+        self.bias, self.gamma, self.row_scale = draw(n), draw(n), draw(rows).abs()
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        new = object.__new__(Layer)
+        new.__dict__ = {name: t.to(dtype) for name, t in self.__dict__.items()}
+        return new
+
+    def run(self, module, activation: str) -> dict[str, torch.Tensor]:
+        """What the functions of `module` make of it."""
+        y, pre = (self.g.new_empty(self.g.shape) for _ in range(2))
+        module.forward_into(y, self.x, self.w, self.bias, activation, pre)
+        full = self.g.new_empty(self.g.shape)
+        module.forward_into(
+            full, self.x, self.w, self.bias, gamma=self.gamma, residual=self.residual, row_scale=self.row_scale
+        )
+        dx = self.x.new_empty(self.x.shape)
+        module.input_grad_into(dx, self.g, self.w, self.gamma)
+        dpre, hidden, sums = module.activation_grad(self.g, self.w, self.gamma, activation, self.pre)
+        dw, dots = module.weight_grads(self.g, self.x, self.w, self.gamma, True, True)
+        names = ("y", "pre", "full", "dx", "dpre", "hidden", "sums", "dw", "dots")
+        return dict(zip(names, (y, pre, full, dx, dpre, hidden, sums, dw, dots), strict=True))
+
+
+class Eager:
+    """The same functions op by op in torch."""
+
+    @staticmethod
+    def forward_into(out, x, w, bias, activation="none", pre=None, gamma=None, residual=None, row_scale=None):
+        z = torch.nn.functional.linear(x, w, bias)
+        if pre is not None:
+            pre.copy_(z)
+        y = onednn.activate(activation, z)
+        if gamma is not None:
+            y = residual + row_scale[:, None] * (gamma * y)
+        out.copy_(y)
+
+    @staticmethod
+    def input_grad_into(dx, g, w, gamma):
+        dx.copy_((g * gamma) @ w)
+
+    @staticmethod
+    def activation_grad(g, w, gamma, activation, pre):
+        leaf = pre.clone().requires_grad_()
+        hidden = onednn.activate(activation, leaf)
+        hidden.backward((g * gamma) @ w)
+        wide = torch.promote_types(pre.dtype, torch.float32)
+        return leaf.grad, hidden.detach(), leaf.grad.sum(0, dtype=wide)
+
+    @staticmethod
+    def weight_grads(g, x, w, gamma, need_dw, need_dots):
+        unscaled = g.T @ x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return unscaled * gamma[:, None], (w * unscaled).sum(1, dtype=wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", dense.ACTIVATIONS[1:])
+def test_shapes(activation: str, dtype: torch.dtype, instructions: str) -> None:
+    """All shapes of a result are judged together: the largest of a few errors is chance."""
+    found: dict[str, list] = {}
+    for shape in SHAPES:
+        layer = Layer(*shape).to(dtype)
+        with red_zones():
+            mine = layer.run(dense, activation)
+        right, eager = layer.to(torch.float64).run(Eager, activation), layer.run(Eager, activation)
+        for name in mine:
+            found.setdefault(name, []).append([t.flatten() for t in (mine[name], right[name], eager[name])])
+    for name, parts in found.items():
+        assert_close_as_eager(*(torch.cat(part) for part in zip(*parts, strict=True)), name)
+
+
+@pytest.mark.parametrize("activation", dense.ACTIVATIONS)
+def test_activations_alone(activation: str, instructions: str) -> None:
+    """Over the whole range and at its ends, through a layer that changes nothing; fp32 shows the formula itself."""
+    ends = [torch.nan, 0.0, -0.0, 88.0, -88.0, 1e30, -1e30, 1e-40, -1e-40, 13.3, -13.3]
+    z = torch.cat([torch.linspace(-14, 14, 4001), torch.tensor(ends)])[:, None]
+    one, pre, y = torch.ones(1, 1), torch.empty_like(z), torch.empty_like(z)
+    dense.forward_into(y, z, one, None, activation, pre)
+    assert torch.equal(pre.nan_to_num(1.5), z.nan_to_num(1.5))
+    assert_close_as_eager(y, onednn.activate(activation, z.double()), onednn.activate(activation, z), activation)
+    dense.forward_into(y[:1], torch.full((1, 1), torch.inf), one, None, activation)
+    assert y[0] == torch.inf
+    dense.forward_into(y, z, one, None, activation)
+    if activation != "none":
+        g = torch.ones_like(z)
+        dpre, hidden, _ = dense.activation_grad(g, one, None, activation, z)
+        assert torch.equal(hidden.nan_to_num(1.5), y.nan_to_num(1.5))
+        right, eager = (onednn.activation_backward(activation, g.to(t), z.to(t)) for t in (torch.double, torch.float))
+        assert_close_as_eager(dpre, right, eager, f"derivative of {activation}")
+
+
+def test_long_sums_are_as_exact_as_those_of_the_library(instructions: str) -> None:
+    """K of VLMo's second layer: one long chain of additions would lose a digit more than a library's product."""
+    layer = Layer(64, 64, 3072)
+    y = torch.empty(64, 64)
+    dense.forward_into(y, layer.x, layer.w, None)
+    right = layer.x.double() @ layer.w.double().T
+    assert_close_as_eager(y, right, layer.x @ layer.w.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_at_every_thread_count(dtype: torch.dtype, instructions: str) -> None:
+    layer, threads, results = Layer(300, 290, 130).to(dtype), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(layer.run(dense, "gelu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_nan_stays_in_its_row(instructions: str) -> None:
+    layer = Layer(20, 40, 50)
+    layer.x[7, 3] = torch.nan
+    y = layer.run(dense, "gelu")["full"]
+    others = torch.arange(20) != 7
+    assert y[7].isnan().all() and y[others].isfinite().all()
+
+
+def test_bad_operands_are_named(instructions: str) -> None:
+    x, w, y = torch.ones(4, 8), torch.ones(6, 8), torch.empty(4, 6)
+    panels = OPS.pack_weight(w, False)
+    with pytest.raises(RuntimeError, match=r"`panels` must be what pack_weight makes of a weight of 40 by 8"):
+        OPS.dense(x, panels, None, 0, None, None, None, None, torch.empty(4, 40))
+    with pytest.raises(RuntimeError, match=r"`bias` must be fp32 \[6\], contiguous"):
+        OPS.dense(x, panels, torch.ones(5), 0, None, None, None, None, y)
+    with pytest.raises(RuntimeError, match=r"`activation` must be 0 to 4, got 5"):
+        OPS.dense(x, panels, None, 5, None, None, None, None, y)
+    with pytest.raises(RuntimeError, match=r"`residual` must be \[4, 6\], its rows in one piece"):
+        OPS.dense(x, panels, None, 0, None, None, torch.ones(6, 4).T, None, y)
+    with pytest.raises(RuntimeError, match=r"`pre` belongs to an activation"):
+        OPS.dense_backward(y, None, OPS.pack_weight(w, True), 1, None, None, False, x)
