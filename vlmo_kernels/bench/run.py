@@ -77,6 +77,9 @@ def _failed(suite: str, what: str, eager: str, fault: RuntimeError, written: Pat
 
 def run_case(suite: str, case: str, dtype: torch.dtype, pass_: str, device: str, rounds: int) -> list[Result]:
     """Gate and time one case."""
+    # What was compiled before is forgotten: torch.compile would make a second batch size symbolic, and after eight
+    # variants of one function leave it uncompiled, both to the loss of that contestant alone.
+    torch.compiler.reset()
     module = importlib.import_module(f"vlmo_kernels.bench.{suite}")
     contestants, expected = module.build(CASES[case], device, dtype, pass_)
     results = gate(contestants, expected, pass_, module.EAGER)
