@@ -6,6 +6,7 @@ import os
 import pytest
 
 from vlmo_kernels.bench.cases import CASES
+from vlmo_kernels.bench.flops import useful
 from vlmo_kernels.bench.harness import Clock, gate, run_forward, run_training
 from vlmo_kernels.bench.run import DTYPES
 
@@ -42,7 +43,8 @@ def timed(benchmark, suite: str, entry: tuple[str, str]) -> None:
     if result.skipped.startswith("failed") and not name.startswith("ours"):
         pytest.skip(result.skipped)
     assert not result.skipped, result.skipped
-    benchmark.extra_info.update(case=CASE, dtype=DTYPE, max_err=result.verdict.max_err)
+    gflop = useful(suite, CASES[CASE], pass_) / 1e9
+    benchmark.extra_info.update(case=CASE, dtype=DTYPE, max_err=result.verdict.max_err, gflop=gflop)
     run = run_forward if pass_ == "forward" else run_training
     clock = Clock(DEVICE)
     with racing[-1].scope():

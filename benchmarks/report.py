@@ -32,25 +32,38 @@ def table(path: Path) -> str:
         lines.setdefault((r["case"], r["dtype"], r["pass"]), {})[r["contestant"]] = r
     first = rows[0]
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v)
+    rated = any(r.get("gflop") for r in rows)  # files of before have no FLOPs
+    share = ", then useful GFLOP/s as a share of the ceiling, the machine's best GEMM rate in the same run" * rated
+    heads = ["case", "dtype", "pass", *(["useful GFLOP", "ceiling, GFLOP/s"] if rated else []), *contestants]
     out = [
         f"**{first['suite']}** on {first['device']}, `{path.relative_to(HERE.parent).as_posix()}`, commit "
         f"{first['commit'][:10]} ({versions}). Median milliseconds of {first['rounds']} interleaved rounds; in "
-        "brackets how many times faster than `compile` (or than the first contestant where there is none).",
+        f"brackets how many times faster than `compile` (or than the first contestant where there is none){share}.",
         "",
-        "| case | dtype | pass | " + " | ".join(contestants) + " |",
-        "|---|---|---|" + "---|" * len(contestants),
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
     ]
     for (case, dtype, pass_), found in lines.items():
         base = found.get("compile") or next(iter(found.values()))
-        cells = [cell(found.get(c), base) for c in contestants]
-        out.append(f"| {case} | {dtype} | {pass_} | " + " | ".join(cells) + " |")
+        cells = [case, dtype, pass_, *(rate_cells(base) if rated else [])]
+        cells += [cell(found.get(c), base) for c in contestants]
+        out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def rate_cells(row: dict) -> list[str]:
+    """Useful GFLOP of a case and the ceiling measured beside it."""
+    gflop, ceiling = row.get("gflop"), row.get("ceiling_gflops")
+    return [f"{gflop:.1f}" if gflop else "", f"{ceiling:.0f}" if ceiling else ""]
 
 
 def cell(row: dict | None, base: dict) -> str:
     if row is None:
         return ""
-    text = f"{row['median_ms']:.1f} ({base['median_ms'] / row['median_ms']:.2f}x)"
+    brackets = f"{base['median_ms'] / row['median_ms']:.2f}x"
+    if row.get("gflop") and row.get("ceiling_gflops"):
+        brackets += f", {row['gflop'] / row['median_ms'] * 1e3 / row['ceiling_gflops']:.0%}"
+    text = f"{row['median_ms']:.1f} ({brackets})"
     return f"{text}, {row['saved_bytes'] / 2**20:.0f} MB saved" if row["saved_bytes"] else text
 
 

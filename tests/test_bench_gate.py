@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 
+from vlmo_kernels.bench import run
+from vlmo_kernels.bench.cases import CASES, Case
 from vlmo_kernels.bench.harness import Contestant, gate, measure
 
 SIZE = 4096
@@ -40,3 +45,19 @@ def test_every_round_runs_everybody_who_passed():
     found = gate(racing, expected, "forward", "eager")
     measure(racing, found, "forward", "cpu", rounds=3)
     assert {r.name: len(r.times_ms) for r in found} == {"eager": 3, "coarse": 3, "mistaken": 0, "ours": 0, "broken": 0}
+
+
+@pytest.mark.parametrize("suite", run.SUITES)
+def test_the_compiled_contestant_is_compiled_for_the_shapes_of_every_case(suite, monkeypatch):
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append({type(n) for t in inputs if isinstance(t, torch.Tensor) for n in t.shape})
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for samples in (2, 3, 4):
+        case = Case(f"{samples} samples", 32, 2, 64, (3,) * samples, (4,) * samples, 3, 4)
+        monkeypatch.setitem(CASES, case.name, case)
+        run.run_case(suite, case.name, torch.float32, "forward", "cpu", rounds=1)
+    assert sizes == [{int}] * 3

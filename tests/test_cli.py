@@ -83,6 +83,7 @@ def test_bench_writes_rows_of_the_schema(attention_file):
         assert tuple(row) == rows.FIELDS
         assert row["rounds"] == 2 and 0 < row["min_ms"] <= row["median_ms"]
         assert (row["saved_bytes"] is None) == (row["pass"] == "forward")
+        assert row["gflop"] > 0 and row["ceiling_gflops"] > 0
         assert row["versions"]["gemm"] and row["versions"]["torch"] == torch.__version__
     kept = {r["contestant"]: r["saved_bytes"] for r in found if r["pass"] == "training"}
     assert 0 < kept["ours"] < kept["eager"]

@@ -1,5 +1,6 @@
 """The demo, on the tiny model: what it writes, and that it notices a wrong contestant."""
 
+import re
 import struct
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from vlmo import demo as model_part
 from vlmo_kernels import demo
 from vlmo_kernels.bench import rows
+from vlmo_kernels.bench.error import Verdict
 
 NAMES = ["published", "sdpa", "compile", "ours"]
 
@@ -53,9 +55,47 @@ def test_a_wrong_contestant_is_named_and_not_timed(tmp_path, monkeypatch, capsys
         return models
 
     monkeypatch.setattr(model_part, "make_contestants", broken)
-    assert demo.run(demo.Options(config="tiny", rounds=1, out=tmp_path, dtypes=("fp32",))) == 1
-    assert "wrong, so not timed" in capsys.readouterr().out
+    assert demo.run(demo.Options(config="tiny", rounds=5, budget_s=0.0, out=tmp_path, dtypes=("fp32",))) == 1
+    said = capsys.readouterr()
+    assert "  ours: wrong, so not timed" in said.out
+    assert "\nwrong: ours in float32; " in said.out and "Hint: `vlmo-kernels check --device cpu`" in said.out
+    # Two rounds are run, three are not for want of time: the count says so and ends where it should.
+    counts = re.findall(r"demo (\d+)/(\d+): (.*)", said.err)
+    assert counts[-1][0] == counts[-1][1] and "3 of 5 rounds left out" in counts[-1][2]
+    assert [int(c[0]) for c in counts[:-1]] == list(range(1, len(counts)))
     assert "ours" not in [row["contestant"] for row in rows.read(tmp_path / "results.json")]
+
+
+def test_a_contestant_that_must_run_fails_with_a_hint(tmp_path, monkeypatch):
+    make = model_part.make_contestants
+
+    def broken(model):
+        models = make(model)
+        models["compile"] = models["sdpa"]
+        models["ours"] = torch.nn.Module()
+        return models
+
+    monkeypatch.setattr(model_part, "make_contestants", broken)
+    with pytest.raises(RuntimeError, match="ours must run in float32, it failed with AttributeError: .* Hint: "):
+        demo.run(demo.Options(config="tiny", rounds=1, out=tmp_path, dtypes=("fp32",)))
+
+
+@pytest.mark.parametrize(
+    "verdicts, said, advice",
+    [
+        ({"ours": "", "compile": ""}, "all contestants agree", ""),
+        ({"ours": "", "compile": None}, "all that ran agree; failed: compile in float32", "needs a C++ compiler"),
+        ({"ours": "far", "sdpa": "far"}, "wrong: ours in float32, sdpa in float32", "vlmo-kernels check"),
+        ({"ours": "", "sdpa": "far"}, "wrong: sdpa in float32", "torch's own"),
+    ],
+)
+def test_the_last_line_says_who_is_wrong_and_the_next_what_to_do(verdicts, said, advice):
+    outcomes = [
+        demo.Outcome(name, torch.float32, None if why is None else Verdict(0.0, 0.0, 0.0, 0.0, why))
+        for name, why in verdicts.items()
+    ]
+    found, hints = demo._conclusion(outcomes, "cpu")
+    assert found == said and (advice in hints[0] if advice else not hints)
 
 
 def test_missing_model_package_is_named(monkeypatch):

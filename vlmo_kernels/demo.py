@@ -17,7 +17,7 @@ import torch
 
 from .bench import environment, rows
 from .bench.display import megabytes, milliseconds, progress, table
-from .bench.error import MAX_FACTOR, RMS_FACTOR, Verdict, judge
+from .bench.error import MAX_FACTOR, RMS_FACTOR, Verdict, hint, judge
 from .bench.harness import interleave, saved_bytes
 
 SUITE = "demo"
@@ -113,9 +113,10 @@ def _one_dtype(model_part, model, inputs, dtype, options: Options, bar) -> list[
                 output = model_part.fusion_call(contestant, inputs, dtype)()
                 values = model_part.valid_values(output, inputs)
         except Exception as error:  # torch.compile needs a compiler, which may be missing
+            reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:120]}"
             if name in (BASELINE, "ours"):
-                raise
-            outcome.skipped = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:120]}"
+                raise RuntimeError(_must_run(name, short, reason, options)) from error
+            outcome.skipped = f"failed: {reason}"
             continue
         reference = values if name == BASELINE else reference
         outcome.verdict = _agreement(values, reference, expected, samples)
@@ -129,11 +130,23 @@ def _one_dtype(model_part, model, inputs, dtype, options: Options, bar) -> list[
             calls, options.device, options.rounds, warmup=0, budget_s=options.budget_s,
             on_round=lambda text: bar.step(f"{short}: {text}, all contestants in turn"),
         )  # fmt: skip
+    left_out = options.rounds - len(times[BASELINE])
+    if left_out:
+        bar.skip(left_out, f"{short}: {left_out} of {options.rounds} rounds left out, their time is over (--budget)")
     for outcome in outcomes:
         outcome.times_ms = times.get(outcome.name, [])
     if options.device != "cpu":
         torch.cuda.empty_cache()
     return outcomes
+
+
+def _must_run(name: str, dtype: str, reason: str, options: Options) -> str:
+    """What is said when the run cannot go on without a contestant."""
+    if name == BASELINE:
+        advice = "Hint: --config small or tiny needs less memory, --dtype fp32 or bf16 runs one of them alone."
+    else:
+        advice = hint(options.device)
+    return f"demo: contestant {name} must run in {dtype}, it failed with {reason}. {advice}"
 
 
 def _fp64(model_part, model, inputs, dtype) -> list[torch.Tensor]:
@@ -187,19 +200,21 @@ def _report(model_part, outcomes: list[Outcome], inputs, options: Options, secon
     print(
         f"{case}; captions of {min(lengths)} to {max(lengths)} tokens padded to {inputs.text_mask.shape[1]}, plus image"
     )
+    for name, what in model_part.CONTESTANTS.items():
+        print(f"  {name}: {what}")
     for dtype in dict.fromkeys(o.dtype for o in outcomes):
         group = [o for o in outcomes if o.dtype == dtype]
         base = next(o for o in group if o.name == BASELINE)
         lines = []
         for o in group:
             if not o.times_ms:
-                lines.append([o.name, "-", "-", "-", "-", "-", o.skipped])
+                lines.append([o.name, *"-----"])
                 continue
             median = statistics.median(o.times_ms)
             ratio = statistics.median(base.times_ms) / median if base.times_ms else float("nan")
             lines.append([
                 o.name, milliseconds(median), milliseconds(min(o.times_ms)), f"{ratio:.2f}x",
-                f"{o.verdict.max_err:.1e}", megabytes(o.saved), model_part.CONTESTANTS[o.name],
+                f"{o.verdict.max_err:.1e}", megabytes(o.saved),
             ])  # fmt: skip
             found.append(
                 rows.make_row(
@@ -212,17 +227,20 @@ def _report(model_part, outcomes: list[Outcome], inputs, options: Options, secon
                     max_err=o.verdict.max_err,
                     rms_err=o.verdict.rms_err,
                     saved_bytes=o.saved,
+                    gflop=None,
+                    ceiling_gflops=None,
                     device=options.device,
                 )  # fmt: skip
             )
         table(
             f"VLMo {options.config}, {str(dtype).removeprefix('torch.')}, fusion pass, "
             f"{max((len(o.times_ms) for o in group), default=0)} interleaved rounds",
-            ["contestant", "median", "fastest", "speed", "max error", "saved for backward", "what it is"],
+            ["contestant", "median", "fastest", "speed", "max error", "saved for backward"],
             lines,
             f"error: against the published model in fp64 on valid tokens; accepted within {MAX_FACTOR:g}x "
             f"(largest) and {RMS_FACTOR:g}x (RMS) of the published model's own. "
             "Saved: one training pass, without parameters (for compile see `bench block`).",
+            [(o.name, o.skipped) for o in group if o.skipped],
         )
     rows.write(options.out / "results.json", found)
     written = [options.out / "results.json"]
@@ -232,6 +250,28 @@ def _report(model_part, outcomes: list[Outcome], inputs, options: Options, secon
         written.append(options.out / "demo.png")
     except ImportError as error:
         print(f"no chart: {error.name} is not installed. Hint: pip install 'vlmo_kernels[demo]'.")
+    verdict, advice = _conclusion(outcomes, options.device)
+    print(f"{verdict}; {seconds:.0f} s; wrote {' and '.join(map(str, written))}")
+    for line in advice:
+        print(line)
+
+
+def _conclusion(outcomes: list[Outcome], device: str) -> tuple[str, list[str]]:
+    """Who agrees and who does not, and what to do about it."""
+    failed = [o for o in outcomes if o.verdict is None]
     wrong = [o for o in outcomes if o.verdict is not None and not o.verdict.ok]
-    agree = f"{len(wrong)} contestants are wrong" if wrong else "all contestants agree"
-    print(f"{agree}; {seconds:.0f} s; wrote {' and '.join(map(str, written))}")
+
+    def named(some: list[Outcome]) -> str:
+        return ", ".join(f"{o.name} in {str(o.dtype).removeprefix('torch.')}" for o in some)
+
+    said = [f"wrong: {named(wrong)}"] if wrong else ["all that ran agree" if failed else "all contestants agree"]
+    advice = []
+    if failed:
+        said.append(f"failed: {named(failed)}")
+        if device == "cpu" and any(o.name == "compile" for o in failed):
+            advice.append("Hint: torch.compile on a CPU needs a C++ compiler: g++ on the PATH, or CXX=/path/to/one.")
+    if any(o.name == "ours" for o in wrong):
+        advice.append(hint(device))
+    elif wrong:
+        advice.append("Hint: what is wrong here is torch's own; `make demo TORCH=torch==X.Y.Z` tries another one.")
+    return "; ".join(said), advice

@@ -38,6 +38,16 @@ class Case:
     def batch(self) -> int:
         return len(self.text)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens of every sample."""
+        return [t + i for t, i in zip(self.text, self.image, strict=True)]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the batch."""
+        return sum(self.lengths)
+
     def layout(self, device: str) -> ModalityLayout:
         """The plan, with positions as the padded model counts them."""
         starts = {"text": 0, "image": self.text_length}

@@ -8,8 +8,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-    """Print a table to stdout. The first column is left-aligned."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caption: str = "",
+    notes: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Print a table to stdout. The first column is left-aligned; a column without a value in any row is left out.
+
+    Args:
+        notes: (whose, text), each on a line of its own below: a sentence in a cell would squeeze all other columns.
+    """
+    kept = [i for i in range(len(columns)) if not rows or any(row[i] not in ("", "-") for row in rows)]
+    _draw(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows], caption)
+    for whose, text in notes:
+        print(f"  {whose}: {text}")
+
+
+def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
     try:
         from rich.console import Console
         from rich.markup import escape
@@ -47,6 +64,11 @@ class Steps:
         self._advance(text, self.done)
         self.done += 1
 
+    def skip(self, count: int, text: str) -> None:
+        """Count steps that will not be taken as done, and say why."""
+        self.done += count - 1
+        self.step(text)
+
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Steps]:
@@ -80,6 +102,14 @@ def progress(title: str, total: int) -> Iterator[Steps]:
     with Progress(*columns, console=rich, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield Steps(lambda text, done: bar.update(task, completed=done, description=f"{title}: {text}"), total)
+
+
+def rate_cells(gflop: float | None, ceiling_gflops: float | None, ms: float) -> list[str]:
+    """Useful GFLOP/s of a time, and its share of the ceiling."""
+    if gflop is None:
+        return ["-", "-"]
+    rate = gflop / ms * 1e3
+    return [f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}", f"{rate / ceiling_gflops:.0%}" if ceiling_gflops else "-"]
 
 
 def milliseconds(ms: float) -> str:

@@ -23,6 +23,14 @@ FLOOR_EPS = {
 }
 
 
+def hint(device: str) -> str:
+    """What to do about an implementation of ours that errs."""
+    return (
+        f"Hint: `vlmo-kernels check --device {device}` names the op, implementation and dtype that err; "
+        "impl=\"reference\" is right by definition. Please report it with the output of `vlmo-kernels info`."
+    )
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Errors of a result against fp64, and whether the rule accepts them.

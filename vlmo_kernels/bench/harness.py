@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .ceiling import Ceiling, Product, best
 from .error import Verdict, judge, worst
 
 # Others may sum in another order than eager does and be a few times less exact: that is said, and they are timed.
@@ -50,6 +51,7 @@ class Result:
     verdict: Verdict | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    ceiling: Ceiling | None = None
     note: str = ""
     skipped: str = ""
 
@@ -232,20 +234,37 @@ def measure(
     device: torch.device | str,
     rounds: int,
     warmup: int = 1,
+    products: dict[str, Product] | None = None,
 ) -> None:
-    """Time what passed the gate, interleaved, into its `Result`; on a GPU also peak memory."""
+    """Time what passed the gate, interleaved, into its `Result`; on a GPU also peak memory.
+
+    Args:
+        products: bare GEMMs that run in the same rounds; the best rate among them is the ceiling of all results.
+    """
     run = run_forward if pass_ == "forward" else run_training
     racing = [(c, r) for c, r in zip(contestants, found, strict=True) if not r.skipped]
     with contextlib.ExitStack() as stack:
         scopes = {c.name: _Scope(c, stack) for c, _ in racing}
         calls = {c.name: (lambda c=c: scopes[c.name](run)) for c, _ in racing}
-        times = interleave(calls, device, rounds, warmup)
+        products = products or {}
+        times = interleave(calls | {n: _inferring(p.call) for n, p in products.items()}, device, rounds, warmup)
+        ceiling = best(products, times)
         for c, r in racing:
-            r.times_ms = times[c.name]
+            r.times_ms, r.ceiling = times[c.name], ceiling
             if torch.device(device).type == "cuda":
                 r.peak_bytes = peak_bytes(calls[c.name])
             for leaf in c.leaves.values():
                 leaf.grad = None
+
+
+def _inferring(call: Callable[[], object]) -> Callable[[], object]:
+    """The call without autograd, which no product needs."""
+
+    def inferring() -> object:
+        with torch.inference_mode():
+            return call()
+
+    return inferring
 
 
 class _Scope:

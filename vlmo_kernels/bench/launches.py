@@ -10,9 +10,9 @@ import torch
 from vlmo_kernels.tuning import tables
 from vlmo_kernels.tuning.tune import DTYPES, MODELS, jobs
 
-from . import environment, rows
+from . import ceiling, environment, rows
 from .display import milliseconds, table
-from .error import judge, worst
+from .error import hint, judge, worst
 from .harness import interleave
 
 
@@ -25,13 +25,12 @@ def run(
     "ours" is the launch with its whole epilogue in the configuration a user gets, "product" torch's GEMM of the same
     shape with none.
     """
-    size = 8192 if device != "cpu" else 64
+    size = ceiling.SQUARE if device != "cpu" else 64
     kind = DTYPES[dtype]
-    a, b = (torch.randn(size, size).to(device, kind) for _ in range(2))
-    ceiling = interleave({"mm": lambda: a @ b}, device, rounds)["mm"]
-    peak = 2 * size**3 / min(ceiling) / 1e9  # TFLOP/s
-    print(f"{environment.device_name(device)}: {size}^3 {dtype} product {peak:.1f} TFLOP/s")
-    found, lines, wrong = [], [], False
+    products = ceiling.square(device, kind, size)
+    best = ceiling.best(products, interleave({n: p.call for n, p in products.items()}, device, rounds))
+    print(f"{environment.device_name(device)}: {best.what} in {dtype}, {best.gflops / 1e3:.1f} TFLOP/s")
+    found, lines, notes, wrong = [], [], [], False
     for job in jobs(*MODELS[model], pairs, kind, device):
         with tables.forced(job.without):
             outputs = job.run()
@@ -44,14 +43,19 @@ def run(
                 rows.make_row(
                     suite="launches", case=str(job.problem), contestant=name, pass_="forward", dtype=kind,
                     times_ms=ms, max_err=verdict.max_err if name == "ours" else None,
-                    rms_err=verdict.rms_err if name == "ours" else None, saved_bytes=None, device=device,
+                    rms_err=verdict.rms_err if name == "ours" else None, saved_bytes=None,
+                    gflop=job.flops / 1e9, ceiling_gflops=best.gflops, device=device,
                 )
             )  # fmt: skip
-        lines.append(_line(job, times, peak, verdict.why))
+        lines.append(_line(job, times, best.gflops / 1e3))
+        if not verdict.ok:
+            notes.append((str(job.problem), f"wrong, so not timed: {verdict.why}"))
         if json is not None:
             rows.write(json, found)
-    columns = ["launch", "ours", "spread", "TFLOP/s", "of the ceiling", "product", "of its rate", ""]
-    table(f"launches, {model}, {pairs} pairs, {dtype}", columns, lines)
+    columns = ["launch", "ours", "spread", "TFLOP/s", "of the ceiling", "product", "of its rate"]
+    table(f"launches, {model}, {pairs} pairs, {dtype}", columns, lines, notes=notes)
+    if wrong:
+        print(hint(device))
     return int(wrong)
 
 
@@ -63,14 +67,15 @@ def _forced(job):
     return call
 
 
-def _line(job, times: dict[str, list[float]], peak: float, why: str) -> list[str]:
+def _line(job, times: dict[str, list[float]], peak: float) -> list[str]:
+    """Cells of a launch; `peak` in TFLOP/s."""
     if not times:
-        return [str(job.problem), *"------", f"wrong, so not timed: {why}"]
+        return [str(job.problem), *"------"]
     ours = statistics.median(times["ours"])
     rate = job.flops / ours / 1e9
     spread = f"{100 * (max(times['ours']) - min(times['ours'])) / ours:.0f}%"
     cells = [str(job.problem), milliseconds(ours), spread, f"{rate:.1f}", f"{100 * rate / peak:.0f}%"]
     if "product" not in times:
-        return [*cells, "-", "-", ""]
+        return [*cells, "-", "-"]
     product = statistics.median(times["product"])
-    return [*cells, milliseconds(product), f"{100 * product / ours:.0f}%", ""]
+    return [*cells, milliseconds(product), f"{100 * product / ours:.0f}%"]

@@ -14,8 +14,9 @@ from . import environment
 
 FIELDS = (
     "suite", "case", "contestant", "pass", "dtype", "median_ms", "min_ms", "rounds", "max_err", "rms_err",
-    "saved_bytes", "versions", "commit", "device",
+    "saved_bytes", "gflop", "ceiling_gflops", "versions", "commit", "device",
 )  # fmt: skip
+ADDED = ("gflop", "ceiling_gflops")  # older files have none of them: None
 KEY = ("suite", "case", "contestant", "pass", "dtype", "device")
 PASSES = ("forward", "training")
 
@@ -31,13 +32,22 @@ def make_row(
     max_err: float | None,
     rms_err: float | None,
     saved_bytes: int | None,
+    gflop: float | None,
+    ceiling_gflops: float | None,
     device: torch.device | str,
 ) -> dict[str, Any]:
-    """One row. Errors are against fp64; `saved_bytes` is None where the pass keeps nothing for backward."""
+    """One row.
+
+    Args:
+        max_err, rms_err: against fp64.
+        saved_bytes: None where the pass keeps nothing for backward.
+        gflop: useful FLOPs of one call, in units of 1e9 (`flops.py`); None where they are not counted.
+        ceiling_gflops: the best GEMM rate of the same run, GFLOP/s (`ceiling.py`).
+    """
     values = (
         suite, case, contestant, pass_, str(dtype).removeprefix("torch."), statistics.median(times_ms),
-        min(times_ms), len(times_ms), max_err, rms_err, saved_bytes, environment.versions(), environment.commit(),
-        environment.device_name(device),
+        min(times_ms), len(times_ms), max_err, rms_err, saved_bytes, gflop, ceiling_gflops, environment.versions(),
+        environment.commit(), environment.device_name(device),
     )  # fmt: skip
     return dict(zip(FIELDS, values, strict=True))
 
@@ -50,6 +60,9 @@ def validate(row: dict[str, Any]) -> None:
     for name in ("median_ms", "min_ms"):
         if not isinstance(row[name], (int, float)) or row[name] < 0:
             raise ValueError(f"rows: `{name}` must be a time, got {row[name]!r}")
+    for name in ADDED:
+        if row[name] is not None and not (isinstance(row[name], (int, float)) and row[name] > 0):
+            raise ValueError(f"rows: `{name}` must be a positive number or null, got {row[name]!r}")
 
 
 def write(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -76,6 +89,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"rows: '{path}' must be JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"rows: '{path}' must hold a list of rows")
+    rows = [dict.fromkeys(ADDED) | row for row in rows]
     for row in rows:
         validate(row)
     return rows

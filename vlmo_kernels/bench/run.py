@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
-from . import environment, rows
+from . import ceiling, environment, rows
 from .cases import CASES, DEFAULT, DEFAULT_GPU
-from .display import megabytes, milliseconds, progress, table
+from .display import megabytes, milliseconds, progress, rate_cells, table
+from .error import hint
+from .flops import useful
 from .harness import Result, gate, measure
 
 SUITES = ("block", "ffn", "attention")
@@ -40,13 +42,18 @@ def run(
     chosen = [DTYPES[d] for d in dtypes] or _default_dtypes(device)
     batches = cases or (DEFAULT if device == "cpu" else DEFAULT_GPU)
     plan = [(c, d, p) for c in batches for d in chosen for p in module.PASSES]
-    found, wrong = [], False
+    found, wrong = [], []
     print(f"{environment.device_name(device)}; torch {torch.__version__}; F.linear: {environment.gemm_library()}")
     with progress(f"bench {suite}", len(plan)) as bar:
         for case, dtype, pass_ in plan:
-            bar.step(f"{case}, {_short(dtype)}, {pass_}")
-            results = run_case(suite, case, dtype, pass_, device, rounds)
-            wrong |= any(r.name.startswith("ours") and r.skipped not in ("", "inference only") for r in results)
+            what = f"{case}, {_short(dtype)}, {pass_}"
+            bar.step(what)
+            try:
+                results = run_case(suite, case, dtype, pass_, device, rounds)
+            except RuntimeError as fault:  # of eager torch itself: the gate keeps the others' to themselves
+                raise RuntimeError(_failed(suite, what, module.EAGER, fault, json if found else None)) from fault
+            lost = [r.name for r in results if r.name.startswith("ours") and r.skipped not in ("", "inference only")]
+            wrong += [f"{name} in {what}" for name in lost]
             _print(suite, case, dtype, pass_, results, module.EAGER)
             found += [_row(suite, case, dtype, pass_, device, r) for r in results if r.times_ms]
             if json is not None:
@@ -54,15 +61,29 @@ def run(
     if json is not None:
         rows.write(json, found)
         print(f"wrote {json}")
-    return int(wrong)
+    if wrong:
+        print(f"bench {suite}: ours must run and be right, not so: {'; '.join(wrong)}. {hint(device)}")
+    return int(bool(wrong))
+
+
+def _failed(suite: str, what: str, eager: str, fault: RuntimeError, written: Path | None) -> str:
+    reason = (str(fault).strip() or "?").splitlines()[0][:200]
+    kept = f" The rows before it are in {written}." if written else ""
+    return (
+        f"bench {suite}: {what}: contestant {eager} must run, it is what others are judged by; it failed with "
+        f"{type(fault).__name__}: {reason}. Hint: --case and --dtype choose others, --case smoke is the smallest.{kept}"
+    )
 
 
 def run_case(suite: str, case: str, dtype: torch.dtype, pass_: str, device: str, rounds: int) -> list[Result]:
     """Gate and time one case."""
+    # What was compiled before is forgotten: torch.compile would make a second batch size symbolic, and after eight
+    # variants of one function leave it uncompiled, both to the loss of that contestant alone.
+    torch.compiler.reset()
     module = importlib.import_module(f"vlmo_kernels.bench.{suite}")
     contestants, expected = module.build(CASES[case], device, dtype, pass_)
     results = gate(contestants, expected, pass_, module.EAGER)
-    measure(contestants, results, pass_, device, rounds)
+    measure(contestants, results, pass_, device, rounds, products=ceiling.products(CASES[case], device, dtype))
     return results
 
 
@@ -80,27 +101,37 @@ def _row(suite: str, case: str, dtype: torch.dtype, pass_: str, device: str, res
     return rows.make_row(
         suite=suite, case=case, contestant=result.name, pass_=pass_, dtype=dtype, times_ms=result.times_ms,
         max_err=result.verdict.max_err, rms_err=result.verdict.rms_err, saved_bytes=result.saved_bytes,
+        gflop=useful(suite, CASES[case], pass_) / 1e9, ceiling_gflops=result.ceiling and result.ceiling.gflops,
         device=device,
     )  # fmt: skip
 
 
 def _print(suite, case, dtype, pass_, results: Sequence[Result], eager: str) -> None:
     base = next((statistics.median(r.times_ms) for r in results if r.name == eager and r.times_ms), None)
+    gflop = useful(suite, CASES[case], pass_) / 1e9
+    best = next((r.ceiling for r in results if r.ceiling), None)
     lines = []
     for r in results:
         if r.skipped == "inference only":
             continue
         if not r.times_ms:
-            lines.append([r.name, *"-------", r.skipped])
+            lines.append([r.name, *"---------"])
             continue
         median = statistics.median(r.times_ms)
         lines.append([
             r.name, milliseconds(median), milliseconds(min(r.times_ms)),
             f"{100 * (max(r.times_ms) - min(r.times_ms)) / median:.0f}%", f"{base / median:.2f}x" if base else "-",
-            f"{r.verdict.max_err:.1e}", megabytes(r.saved_bytes), megabytes(r.peak_bytes), r.note,
+            *rate_cells(gflop, best and best.gflops, median), f"{r.verdict.max_err:.1e}", megabytes(r.saved_bytes),
+            megabytes(r.peak_bytes),
         ])  # fmt: skip
-    columns = ["contestant", "median", "fastest", "spread", "speed", "max error", "saved", "peak", ""]
-    table(f"{suite}, {case}, {_short(dtype)}, {pass_}", columns, lines)
+    columns = [
+        "contestant", "median", "fastest", "spread", "speed", "GFLOP/s", "of ceiling", "max error", "saved", "peak",
+    ]  # fmt: skip
+    caption = f"{gflop:.3g} useful GFLOP a call"
+    if best is not None:
+        caption += f"; ceiling: {best.gflops:.0f} GFLOP/s, {best.what} in the same rounds"
+    notes = [(r.name, r.skipped or r.note) for r in results if r.skipped != "inference only"]
+    table(f"{suite}, {case}, {_short(dtype)}, {pass_}", columns, lines, caption, [n for n in notes if n[1]])
 
 
 def compare(base: Path, head: Path, threshold: float = 1.1) -> int:
@@ -122,5 +153,5 @@ def compare(base: Path, head: Path, threshold: float = 1.1) -> int:
         ]
         for r in found
     ]  # fmt: skip
-    table(f"head / base, threshold {threshold:g}", ["row", "pass", "dtype", "base", "head", "ratio", ""], lines)
+    table(f"head / base, threshold {threshold:g}", ["row", "pass", "dtype", "base", "head", "ratio", "note"], lines)
     return int(any(r["regression"] for r in found))
