@@ -12,7 +12,7 @@ from vlmo_kernels.runtime.frozen import packed_weight
 
 from .onednn import column_sums
 
-__all__ = ["activation_grad", "column_sums", "forward_into", "input_grad_into", "weight_grads", "why_not"]
+__all__ = ["activation_grad", "column_sums", "forward_into", "input_grad_into", "prepare", "weight_grads", "why_not"]
 Optional = torch.Tensor | None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")  # the order of csrc/include/vlmo_kernels/dense.h
@@ -27,6 +27,10 @@ def why_not() -> str | None:
     return None if found in INSTRUCTIONS else f"not faster with {found} instructions"
 
 
+def prepare(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    return _panels(weight, False)
+
+
 def forward_into(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -39,7 +43,7 @@ def forward_into(
     row_scale: Optional = None,
 ) -> None:
     compiled.cpu_ops().dense(
-        _rows(x), _panels(weight, False), _wide(bias), ACTIVATIONS.index(activation), _wide(gamma), _wide(row_scale),
+        _rows(x), weight, _wide(bias), ACTIVATIONS.index(activation), _wide(gamma), _wide(row_scale),
         _rows(residual), pre, out,
     )  # fmt: skip
 

@@ -37,6 +37,16 @@ def why_not(dtype: torch.dtype) -> str | None:
     return None
 
 
+def prepare(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """`weight` `[N, K]` in the order that `forward_into` reads, for products of about `rows` rows."""
+
+    def pack() -> torch.Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+
+    packed = packed_weight(weight, "onednn", pack)
+    return weight if packed is None else packed  # oneDNN packs on its own
+
+
 def forward_into(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -51,7 +61,7 @@ def forward_into(
     """`out = residual + row_scale * gamma * act(x @ weight.T + bias)`; `pre` receives the sum under `act`.
 
     Args:
-        out: `[R, N]`; x: `[R, K]`; weight: `[N, K]`; bias, gamma: `[N]`; pre, residual: `[R, N]`; row_scale: `[R]`.
+        out: `[R, N]`; x: `[R, K]`; weight: `[N, K]`, prepared; bias, gamma: `[N]`; pre, residual: `[R, N]`; row_scale: `[R]`.
     """
     if gamma is None and row_scale is None:
         if pre is not None:
@@ -129,17 +139,11 @@ def activation_backward(kind: str, dh: torch.Tensor, z: torch.Tensor) -> torch.T
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional, activation: str = "none") -> torch.Tensor:
     name, algorithm = _FUSED[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x), _like(bias, x), name, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _like(bias, x), name, [], algorithm)
 
 
 def _add_linear(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Optional) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _packed(weight, x), _like(bias, x), "add")
-
-
-def _packed(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """In oneDNN's blocked order for about as many rows, where weights are frozen; else it packs on its own."""
-    packed = packed_weight(weight, "onednn", lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach(), len(x)))
-    return weight if packed is None else packed
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _like(bias, x), "add")
 
 
 def _like(bias: Optional, x: torch.Tensor) -> Optional:

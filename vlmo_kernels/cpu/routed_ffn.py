@@ -34,23 +34,26 @@ def forward(
     pre = x.new_empty(x.shape[0], hidden) if save else None
     up = x.new_empty(x.shape[0], hidden) if save and activation in GATED else None
     for start, end, e in route.ranges():
-        rows, w = slice(start, end), weights.expert(e)
-        z = x.new_empty(end - start, hidden) if pre is None else pre[rows]
-        if activation in GATED:
-            u = z.new_empty(z.shape) if up is None else up[rows]
-            backend().forward_into(z, x[rows], w.w1, w.b1)
-            backend().forward_into(u, x[rows], w.w_up, w.b_up)
-            h = activate(GATED[activation], z) * u
-        else:
-            h = z.new_empty(z.shape)
-            backend().forward_into(h, x[rows], w.w1, w.b1, activation, None if pre is None else z)
-        if w.norm_weight is not None:
-            h = F.layer_norm(h, h.shape[-1:], w.norm_weight, w.norm_bias, eps)
-        backend().forward_into(
-            y[rows], h, w.w2, w.b2, gamma=w.gamma,
-            residual=None if residual is None else residual[rows],
-            row_scale=None if row_scale is None else row_scale[rows],
-        )  # fmt: skip
+        w = weights.expert(e)
+        w1, w2, w_up = (None if t is None else backend().prepare(t, end - start) for t in (w.w1, w.w2, w.w_up))
+        step = _rows_at_once(hidden * x.element_size())
+        for first in range(start, end, step):
+            rows = slice(first, min(end, first + step))
+            h = x.new_empty(rows.stop - first, hidden)
+            if activation in GATED:
+                z, u = (h.new_empty(h.shape) if t is None else t[rows] for t in (pre, up))
+                backend().forward_into(z, x[rows], w1, w.b1)
+                backend().forward_into(u, x[rows], w_up, w.b_up)
+                torch.mul(activate(GATED[activation], z), u, out=h)
+            else:
+                backend().forward_into(h, x[rows], w1, w.b1, activation, None if pre is None else pre[rows])
+            if w.norm_weight is not None:
+                h = F.layer_norm(h, h.shape[-1:], w.norm_weight, w.norm_bias, eps)
+            backend().forward_into(
+                y[rows], h, w2, w.b2, gamma=w.gamma,
+                residual=None if residual is None else residual[rows],
+                row_scale=None if row_scale is None else row_scale[rows],
+            )  # fmt: skip
     return y, pre, up
 
 
@@ -83,6 +86,11 @@ def backward(
         for totals, value in zip(grads, part, strict=True):
             add(totals, e, value)
     return dx, FFNWeights(*(finish(g, t, n) for g, t, n in zip(grads, weights, need, strict=True)))
+
+
+def _rows_at_once(row_bytes: int) -> int:
+    """Rows whose hidden values stay in the cache from the first layer to the second: 2 MiB a thread."""
+    return max(2**23 * torch.get_num_threads() // (192 * row_bytes), 1) * 192  # 192: rows of a compiled kernel's tile
 
 
 def _plain_backward(g, x, z, u, w: FFNWeights, need: FFNWeights, activation: str, eps: float, dx) -> FFNWeights:
@@ -130,7 +138,7 @@ def _expert_backward(g, x, z, u, w: FFNWeights, need: FFNWeights, activation: st
 def _pre_activations(x: torch.Tensor, w: FFNWeights, activation: str) -> tuple[torch.Tensor, Optional]:
     z = x.new_empty(x.shape[0], w.w1.shape[0])
     u = z.new_empty(z.shape) if activation in GATED else None
-    backend().forward_into(z, x, w.w1, w.b1)
-    if u is not None:
-        backend().forward_into(u, x, w.w_up, w.b_up)
+    for out, weight, bias in ((z, w.w1, w.b1), (u, w.w_up, w.b_up)):
+        if out is not None:
+            backend().forward_into(out, x, backend().prepare(weight, len(x)), bias)
     return z, u

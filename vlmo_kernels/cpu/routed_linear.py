@@ -26,7 +26,7 @@ def forward(
     for start, end, e in route.ranges():
         rows = slice(start, end)
         backend().forward_into(
-            y[rows], x[rows], weights[e], biases[e], gamma=gammas[e],
+            y[rows], x[rows], backend().prepare(weights[e], end - start), biases[e], gamma=gammas[e],
             residual=None if residual is None else residual[rows],
             row_scale=None if row_scale is None else row_scale[rows],
         )  # fmt: skip
