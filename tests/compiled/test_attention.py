@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -212,24 +211,3 @@ def test_without_the_compiled_part() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_cpu.py", "-k", "bias"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-@pytest.mark.parametrize("name", sorted({"portable", *HERE[1:2], *HERE[-1:]}))
-def test_sanitizers(name: str, tmp_path: Path) -> None:
-    """Every buffer of the C++ test is exactly as large as it must be; AddressSanitizer sees one step outside."""
-    avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
-    flags = {"portable": "", "avx2": "-mavx2 -mfma -mf16c"}
-    flags["avx512"] = f"{flags['avx2']} {avx512}"
-    flags["avx512bf16"] = f"{flags['avx512']} -mavx512bf16"
-    flags["amx"] = f"{flags['avx512bf16']} -mamx-tile -mamx-bf16"
-    program = tmp_path / "attention_test"
-    command = [
-        "g++", "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-        f"-I{ROOT}/csrc/include", *flags[name].split(), f"-DVLMO_LEVEL={name}",
-        str(ROOT / "tests/compiled/attention_test.cpp"), "-o", str(program),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -48,7 +48,7 @@ def test_headers_compile_alone(header: Path) -> None:
 
 
 @needs_gxx
-@pytest.mark.parametrize("name", ("attention", "norm"))
+@pytest.mark.parametrize("name", ("attention", "dense", "norm"))
 def test_portable_kernels_need_no_x86(name: str, tmp_path: Path) -> None:
     """An Arm machine compiles them too: here with the name of this processor family taken away."""
     system = "#include <stddef.h>\n#include <stdint.h>\n#undef __x86_64__\n"

@@ -61,7 +61,7 @@ def forward_into(
     """`out = residual + row_scale * gamma * act(x @ weight.T + bias)`; `pre` receives the sum under `act`.
 
     Args:
-        out: `[R, N]`; x: `[R, K]`; weight: `[N, K]`, prepared; bias, gamma: `[N]`; pre, residual: `[R, N]`; row_scale: `[R]`.
+        out, pre, residual: `[R, N]`; x: `[R, K]`; weight: `[N, K]`, prepared; bias, gamma: `[N]`; row_scale: `[R]`.
     """
     if gamma is None and row_scale is None:
         if pre is not None:
