@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from vlmo_kernels.cpu import gemm
+from vlmo_kernels.cpu import onednn
 
 from .cases import Case
 
@@ -50,7 +50,7 @@ def products(case: Case, device: torch.device | str, dtype: torch.dtype) -> dict
     for k, n in ((case.dim, case.hidden), (case.hidden, case.dim)):
         x, w = torch.randn(case.tokens, k).to(dtype), torch.randn(n, k).to(dtype)
         calls = {"F.linear": partial(F.linear, x, w), "torch.mm": partial(torch.mm, x, w.t().contiguous())}
-        if _onednn_takes(dtype):
+        if onednn.why_not(dtype) is None:
             packed = torch.ops.mkldnn._reorder_linear_weight(w, case.tokens)
             linear = torch.ops.mkldnn._linear_pointwise
             calls["oneDNN with packed weight"] = partial(linear, x, packed, None, "none", [], None)
@@ -64,9 +64,3 @@ def best(tried: dict[str, Product], times_ms: dict[str, Sequence[float]]) -> Cei
     rates = {name: p.flops / min(times_ms[name]) / 1e6 for name, p in tried.items()}
     what = max(rates, key=rates.__getitem__, default=None)
     return None if what is None else Ceiling(rates[what], what)
-
-
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    if not gemm.available() or dtype not in gemm.DTYPES:
-        return False
-    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
