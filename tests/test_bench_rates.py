@@ -16,6 +16,7 @@ from vlmo_kernels.bench import attention, block, ceiling, display, ffn, harness,
 from vlmo_kernels.bench.cases import CASES, Case
 from vlmo_kernels.bench.error import judge
 from vlmo_kernels.bench.flops import useful
+from vlmo_kernels.cpu import onednn
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = {"block": block, "ffn": ffn, "attention": attention}
@@ -57,7 +58,7 @@ def test_the_ceiling_is_the_fastest_round_of_the_fastest_product():
 def test_products_of_all_libraries_are_right(dtype):
     found = ceiling.products(FULL, "cpu", dtype)
     libraries = Counter(name.rpartition(" ")[0] for name in found)
-    packed = {"oneDNN with packed weight": 2} if ceiling._onednn_takes(dtype) else {}
+    packed = {"oneDNN with packed weight": 2} if onednn.why_not(dtype) is None else {}
     assert libraries == {"F.linear": 2, "torch.mm": 2} | packed
     for name, product in found.items():
         plain = found[f"F.linear {name.rpartition(' ')[2]}"].call
