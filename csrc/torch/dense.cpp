@@ -1,4 +1,4 @@
-// vlmo_kernels_cpu::pack_weight, dense, dense_backward and weight_grad: shapes, strides and formats for the CPU kernels.
+// vlmo_kernels_cpu::pack_weight, dense and dense_backward: shapes, strides and formats for the CPU kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +19,6 @@ using vlmo_kernels::Dense;
 using vlmo_kernels::Format;
 using vlmo_kernels::Matrix;
 using vlmo_kernels::Panels;
-using vlmo_kernels::WeightGrad;
 
 const vlmo_kernels::DenseKernels& kernels() {
 #if defined(__x86_64__)
@@ -144,35 +143,11 @@ Tensor dense_backward(
   STD_TORCH_CHECK(pre || !hidden, "dense_backward: `hidden` needs `pre`");
   a.pre = matrix_of(pre, "pre", a.rows, a.n);
   a.hidden = matrix_of(hidden, "hidden", a.rows, a.n);
-  const int64_t parts_count = sums ? vlmo_kernels::pieces(a.rows, vlmo_kernels::SUM_ROWS) : 0;
-  std::vector<float> parts(parts_count * a.n);
+  const int64_t count = sums ? vlmo_kernels::pieces(a.rows, vlmo_kernels::SUM_ROWS) : 0;
+  std::vector<float> parts(count * a.n);
   a.sums = sums ? parts.data() : nullptr;
   run(a);
-  return add_up(parts, parts_count, sums ? a.n : 0, dx);
-}
-
-Tensor weight_grad(
-    Tensor dy, Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> w, std::optional<Tensor> dw) {
-  STD_TORCH_CHECK(dy.dim() == 2 && x.dim() == 2, "weight_grad: `dy` and `x` must be matrices");
-  WeightGrad a{};
-  a.format = format_of(x, "x");
-  a.rows = dy.size(0);
-  a.n = dy.size(1);
-  a.k = x.size(1);
-  a.dy = matrix_of(dy, "dy", a.rows, a.n);
-  a.x = matrix_of(x, "x", a.rows, a.k);
-  a.gamma = vector_of(gamma, "gamma", a.n);
-  a.w = matrix_of(w, "w", a.n, a.k);
-  a.dw = matrix_of(dw, "dw", a.n, a.k);
-  const int64_t parts = w ? vlmo_kernels::pieces(a.k, vlmo_kernels::SUM_COLUMNS) : 0;
-  std::vector<float> dots(parts * a.n);
-  a.dots = w ? dots.data() : nullptr;
-  const auto& kernel = kernels();
-  a.tile = vlmo_kernels::tile_for(a.n, a.k, torch::stable::get_num_threads());
-  vlmo_kernels::run_tasks(
-      vlmo_kernels::tasks_of(a.tile, a.n, a.k), kernel.scratch,
-      [&](int64_t task, char* scratch) { kernel.weight_grad(a, task, scratch); });
-  return add_up(dots, parts, w ? a.n : 0, x);
+  return add_up(parts, count, sums ? a.n : 0, dx);
 }
 
 }  // namespace
@@ -185,12 +160,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmo_kernels_cpu, m) {
   m.def(
       "dense_backward(Tensor dy, Tensor? gamma, Tensor panels, int activation, Tensor? pre, "
       "Tensor(a!)? hidden, bool sums, Tensor(b!) dx) -> Tensor");
-  m.def("weight_grad(Tensor dy, Tensor x, Tensor? gamma, Tensor? w, Tensor(a!)? dw) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmo_kernels_cpu, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("dense", TORCH_BOX(&dense));
   m.impl("dense_backward", TORCH_BOX(&dense_backward));
-  m.impl("weight_grad", TORCH_BOX(&weight_grad));
 }

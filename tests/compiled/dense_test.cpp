@@ -129,32 +129,6 @@ void run(int64_t rows, int64_t n, int64_t k, Format format, double tolerance) {
       check(std::fabs(total), 9 * size * std::sqrt(double(rows)), "sums", format, n, k);
     }
   }
-  Buffer<T> dw(n, k, 2);
-  std::vector<float> dots(pieces(k, SUM_COLUMNS) * n);
-  WeightGrad a{};
-  a.format = format;
-  a.rows = rows;
-  a.n = n;
-  a.k = k;
-  a.tile = tile_for(n, k, 1);
-  a.dy = residual.matrix(format);
-  a.x = x.matrix(format);
-  a.gamma = gamma.data();
-  a.w = w.matrix(format);
-  a.dw = dw.matrix(format);
-  a.dots = dots.data();
-  all(tasks_of(a.tile, n, k), [&](int64_t t, char* scratch) { kernels.weight_grad(a, t, scratch); });
-  for (int64_t c = 0; c < n; ++c) {
-    double dot = 0;
-    for (int64_t i = 0; i < k; ++i) {
-      double u = 0;
-      for (int64_t r = 0; r < rows; ++r) u += residual.at(r, c) * x.at(r, i);
-      dot += u * w.at(c, i);
-      check(std::fabs(dw.at(c, i) - gamma[c] * u), 9 * tolerance * std::sqrt(double(rows)), "dw", format, n, k);
-    }
-    for (int64_t p = 0; p < pieces(k, SUM_COLUMNS); ++p) dot -= dots[p * n + c];
-    check(std::fabs(dot), 9 * tolerance * std::sqrt(double(rows * k)), "dots", format, n, k);
-  }
 }
 
 int main() {

@@ -107,8 +107,10 @@ def weight_grads(
     """`dw = gamma * U` and the fp32 row sums of `weight * U`, with `U = g.T @ x`; None where not needed."""
     if not (need_dw or need_dots):
         return None, None
+    if why_not(x.dtype) is not None:  # no instructions for these 16 bits: torch would be many times slower
+        g, x = g.float(), x.float()
     unscaled = g.T @ x
-    dw = unscaled if gamma is None else (unscaled * gamma[:, None]).to(weight.dtype)
+    dw = (unscaled if gamma is None else unscaled * gamma[:, None]).to(weight.dtype)
     dots = (weight.float() * unscaled.float()).sum(1) if need_dots else None
     return (dw if need_dw else None), dots
 

@@ -131,7 +131,9 @@ def _expert_backward(g, x, z, u, w: FFNWeights, need: FFNWeights, activation: st
     if du is not None:
         dw_up, db_up, _ = weight_grads(du, x, w.w_up, w.b_up, None, need.w_up, need.b_up, False)
         if dx is not None:
-            dx += torch.mm(du, w.w_up)
+            through_up = dx.new_empty(dx.shape)
+            backend().input_grad_into(through_up, du, w.w_up)
+            dx += through_up
     return FFNWeights(dw1, db1, dw2, db2, dw_up, db_up, dgamma, dnorm_weight, dnorm_bias)
 
 

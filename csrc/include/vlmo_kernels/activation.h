@@ -8,13 +8,24 @@ namespace vlmo_kernels {
 namespace VLMO_LEVEL {
 
 static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
+static inline vf vmin(vf a, vf b) { return -vmax(-a, -b); }
 static inline Mask negative(vf x) { return less((vi)x, 0); }
+
+// 1 / x for x of ordinary size, within a rounding or two.
+static inline vf reciprocal(vf x) {
+#if VLMO_AVX512
+  const vf r = (vf)_mm512_rcp14_ps((__m512)x);  // a step of Newton's is a third of a division
+  return fma(r, fma(-x, r, set1(1.0f)), r);
+#else
+  return 1.0f / x;
+#endif
+}
 
 // Distribution function and density of the standard normal. P(-t) = e^(-t^2/2) q(1 / (1 + t/4)) for t >= 0; the
 // polynomial q is within 1.9e-9 of it once multiplied (least maximum of the absolute error), a thirtieth of a
 // rounding of 1 - P.
 static inline void normal(vf x, vf& below, vf& density) {
-  const vf t = absolute(x), u = 1.0f / fma(t, set1(0.25f), set1(1.0f));
+  const vf t = vmin(absolute(x), set1(64.0f)), u = reciprocal(fma(t, set1(0.25f), set1(1.0f)));
   const vf e = exp_of<true>(t * t * -0.5f);
   vf q = set1(-0.0864521142f);
   q = fma(q, u, set1(0.315462328f));
@@ -30,7 +41,7 @@ static inline void normal(vf x, vf& below, vf& density) {
 
 // The logistic function and what it lacks to 1, each without cancellation.
 static inline void logistic(vf x, vf& value, vf& rest) {
-  const vf e = exp_of<true>((vf)((vi)x | (int32_t)0x80000000)), high = 1.0f / (e + 1.0f), low = e * high;
+  const vf e = exp_of<true>((vf)((vi)x | (int32_t)0x80000000)), high = reciprocal(e + 1.0f), low = e * high;
   value = select(negative(x), low, high);
   rest = select(negative(x), high, low);
 }

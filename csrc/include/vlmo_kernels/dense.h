@@ -2,7 +2,6 @@
 //
 //   forward     y  = residual + row_scale * gamma * act(x w' + bias), and the sum under `act` kept on request
 //   backward    dz = ((gamma * dy) w) * act'(pre), and act(pre) and the column sums of dz on request
-//   gradient    dw = gamma * U and dots = row sums of w * U, where U = dy' x
 //
 // Every number is summed in one order and written by one task, so results depend neither on the number of threads nor
 // on which of them does what.
@@ -23,8 +22,8 @@ struct Tile {
 };
 constexpr Tile LARGEST_TILE = {192, 768};
 constexpr int64_t TILE_DEPTH = 256;
-// Sums over rows and over columns are formed in pieces of this size, whatever the tile is.
-constexpr int64_t SUM_ROWS = 64, SUM_COLUMNS = 256;
+// Sums over rows are formed in pieces of this size, whatever the tile is.
+constexpr int64_t SUM_ROWS = 64;
 
 static inline int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 static inline int64_t tasks_of(Tile tile, int64_t rows, int64_t columns) {
@@ -33,9 +32,9 @@ static inline int64_t tasks_of(Tile tile, int64_t rows, int64_t columns) {
 // Large tiles read operands less often, small ones keep all threads busy. What is computed does not depend on it.
 static inline Tile tile_for(int64_t rows, int64_t columns, int64_t threads) {
   Tile tile = LARGEST_TILE;
-  while (tasks_of(tile, rows, columns) < 8 * threads && (tile.columns > SUM_COLUMNS || tile.rows > SUM_ROWS)) {
-    if (tile.columns > SUM_COLUMNS)
-      tile.columns -= SUM_COLUMNS;
+  while (tasks_of(tile, rows, columns) < 8 * threads && (tile.columns > 256 || tile.rows > SUM_ROWS)) {
+    if (tile.columns > 256)
+      tile.columns -= 256;
     else
       tile.rows -= SUM_ROWS;
   }
@@ -70,16 +69,6 @@ struct Dense {
   float* sums;                             // backward: column sums, [pieces of SUM_ROWS, n], or null
 };
 
-struct WeightGrad {
-  Format format;  // of the product's operands
-  Tile tile;
-  int64_t rows, n, k;
-  Matrix dy, x;                   // [rows, n] and [rows, k]
-  const float* gamma;             // [n] or null
-  Matrix w, dw;                   // [n, k]; absent ones have no data
-  float* dots;                    // [pieces of SUM_COLUMNS, n], or null
-};
-
 // Both sides of a packed weight are padded to 32; a task packs 32 rows of it.
 static inline int64_t packed_size(int64_t side) { return (side + 31) / 32 * 32; }
 
@@ -89,7 +78,6 @@ struct DenseKernels {
   // 32 rows of `w`, which is [n, k], or with `swapped` [k, n].
   void (*pack)(const Matrix& w, bool swapped, const Panels& to, int64_t task);
   void (*dense)(const Dense&, int64_t task, char* scratch);
-  void (*weight_grad)(const WeightGrad&, int64_t task, char* scratch);
 };
 
 // One for every instruction set of cpu_isa.h that makes a difference; with AMX tiles oneDNN is used instead.

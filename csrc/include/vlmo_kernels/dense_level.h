@@ -89,6 +89,7 @@ static inline void pack(const Matrix& w, bool swapped, const Panels& p, int64_t 
   E* to = (E*)p.data;
   for (int64_t c = 0; c < columns; c += DEPTH) {
     const int64_t real = min_of(DEPTH, columns - c), padded = packed_size(real);
+    prefetch(w, first, count, c + DEPTH, min_of(DEPTH, columns - c - DEPTH), 0, 1);
     copy_in<E>(w, nullptr, first, count, c, real, padded, block, padded);
     __builtin_memset((void*)(block + count * padded), 0, (BLOCK - count) * padded * sizeof(E));
     if (swapped)
@@ -218,78 +219,6 @@ struct DenseTile {
   }
 };
 
-// ------------------------------------------------------------------ the gradient of the weight
-
-template <class E>
-struct GradientTile {
-  using G = Gemm<E>;
-  const WeightGrad& a;
-  int64_t n, rows, k, columns;  // `rows` of dw from `n` on, `columns` from `k` on
-  float* result;                // [ROWS, RESULT_ROW]
-  E *left, *right, *block;      // dy' [ROWS, DEPTH]; panels of x [DEPTH, COLUMNS]; [BLOCK, COLUMNS]
-
-  GradientTile(const WeightGrad& gradient, int64_t task, char* scratch) : a(gradient) {
-    const int64_t tiles = pieces(a.n, a.tile.rows);
-    n = task % tiles * a.tile.rows;
-    k = task / tiles * a.tile.columns;
-    rows = min_of(a.tile.rows, a.n - n);
-    columns = min_of(a.tile.columns, a.k - k);
-    result = (float*)scratch;
-    left = (E*)(scratch + ROWS * RESULT_ROW * sizeof(float));
-    right = left + ROWS * LEFT_ROW<E>;
-    block = right + DEPTH * COLUMNS;
-  }
-
-  void run() {
-    const int64_t height = packed_size(rows), width = packed_size(columns);
-    for (int64_t t = 0; t < a.rows || t == 0; t += DEPTH) {
-      const int64_t depth = packed_size(min_of(DEPTH, a.rows - t));
-      for (int64_t i = 0; i < depth; i += BLOCK) {
-        const int64_t count = min_of<int64_t>(BLOCK, a.rows - t - i);
-        fill(a.dy, t + i, count, n, rows, height);
-        transposed_rows(block, height, left + i, LEFT_ROW<E>);
-        fill(a.x, t + i, count, k, columns, width);
-        panels(block, width, i, right, G::width * DEPTH);
-      }
-      const int64_t next = t + DEPTH, ahead = min_of(DEPTH, a.rows - next);
-      for (int64_t j = 0; j < width; j += G::width) {
-        G::run(height, G::width, depth, left, LEFT_ROW<E>, right + j * DEPTH, 0, result + j, RESULT_ROW, t > 0);
-        if (ahead <= 0) continue;
-        prefetch(a.dy, next, ahead, n, rows, j / G::width, width / G::width);
-        prefetch(a.x, next, ahead, k, columns, j / G::width, width / G::width);
-      }
-    }
-    for (int64_t r = 0; r < rows; r++) finish(r);
-  }
-
- private:
-  void fill(const Matrix& x, int64_t row, int64_t count, int64_t column, int64_t real, int64_t padded) {
-    copy_in<E>(x, nullptr, row, count, column, real, padded, block, padded);
-    __builtin_memset((void*)(block + count * padded), 0, (BLOCK - count) * padded * sizeof(E));
-  }
-
-  void finish(int64_t r) {
-    const float* line = result + r * RESULT_ROW;
-    if (a.dots)
-      with_format(a.w.format, [&](auto* type) {
-        const auto* w = at<typename Target<decltype(type)>::type>(a.w, n + r, k);
-        for (int64_t c = 0; c < columns; c += SUM_COLUMNS) {
-          vf sum{};
-          over_row(min_of(SUM_COLUMNS, columns - c), [&](int64_t i, int lanes) {
-            sum = fma(load_some(line + c + i, lanes), load_some(w + c + i, lanes), sum);
-          });
-          a.dots[(k + c) / SUM_COLUMNS * a.n + n + r] = sum_of(sum);
-        }
-      });
-    if (a.dw.data)
-      with_format(a.dw.format, [&](auto* type) {
-        auto* p = (decltype(type))a.dw.data + (n + r) * a.dw.row + k;
-        const float factor = a.gamma ? a.gamma[n + r] : 1.0f;
-        over_row(columns, [&](int64_t i, int lanes) { store_some(p + i, load_some(line + i, lanes) * factor, lanes); });
-      });
-  }
-};
-
 // ------------------------------------------------------------------ by format
 
 #if defined(__AVX512BF16__)
@@ -310,18 +239,7 @@ static void dense_as(const Dense& a, int64_t task, char* scratch) {
 static void dense_of(const Dense& a, int64_t task, char* scratch) {
   a.format == BF16 ? dense_as<DenseOperand>(a, task, scratch) : dense_as<float>(a, task, scratch);
 }
-template <class E>
-static void weight_grad_as(const WeightGrad& a, int64_t task, char* scratch) {
-  Gemm<E>::open();
-  GradientTile<E>(a, task, scratch).run();
-  Gemm<E>::close();
-}
-static void weight_grad_of(const WeightGrad& a, int64_t task, char* scratch) {
-  a.format == BF16 ? weight_grad_as<DenseOperand>(a, task, scratch) : weight_grad_as<float>(a, task, scratch);
-}
-
-constexpr size_t DENSE_SCRATCH =
-    sizeof(float) * (ROWS * (RESULT_ROW + LEFT_ROW<float>) + DEPTH * COLUMNS + BLOCK * COLUMNS);
+constexpr size_t DENSE_SCRATCH = sizeof(float) * ROWS * (RESULT_ROW + LEFT_ROW<float>);
 
 }  // namespace VLMO_LEVEL
 
@@ -331,7 +249,6 @@ constexpr size_t DENSE_SCRATCH =
 #endif
 
 const DenseKernels VLMO_JOIN(dense_kernels_, VLMO_LEVEL) = {
-    VLMO_LEVEL::DENSE_SCRATCH, sizeof(VLMO_LEVEL::DenseOperand) == 2, VLMO_LEVEL::pack_of, VLMO_LEVEL::dense_of,
-    VLMO_LEVEL::weight_grad_of};
+    VLMO_LEVEL::DENSE_SCRATCH, sizeof(VLMO_LEVEL::DenseOperand) == 2, VLMO_LEVEL::pack_of, VLMO_LEVEL::dense_of};
 
 }  // namespace vlmo_kernels
