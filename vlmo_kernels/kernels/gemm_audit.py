@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vlmo_kernels.runtime.audit_case import AuditCase
@@ -55,6 +57,7 @@ def audit_cases() -> list[AuditCase]:
     return cases + _reductions()
 
 
+UNALIGNED = "rows that start at 2 bytes travel through registers"
 # With Triton 3.6 nothing is spilled here.
 _NEWEST = dict(allowed_spill=16, reason="Triton 3.9, 128 registers for two blocks an SM")
 
@@ -65,6 +68,15 @@ def _configs(choose) -> list[tuple[Config, tuple[int, ...]]]:
     for arch in ARCHS:
         by_config.setdefault(choose((arch // 10, arch % 10)), []).append(arch)
     return [(c, tuple(archs)) for c, archs in by_config.items()]
+
+
+def _limits(c: Config) -> dict[str, int | None]:
+    """A cap on registers is for a second block on the SM."""
+    return dict(maxnreg=c.maxnreg, blocks=2 if c.maxnreg else 1)
+
+
+def _unaligned(divisible: tuple[str, ...]) -> dict[str, Any]:
+    return {} if divisible else dict(pipelined=False, reason=UNALIGNED)
 
 
 def _tile(c: Config, epilogue: bool = True) -> dict[str, int]:
@@ -92,7 +104,7 @@ def _gemm(
     return [
         AuditCase(
             gemm_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
-            maxnreg=c.maxnreg, divisible=divisible, archs=archs,
+            divisible=divisible, archs=archs, **_limits(c), **_unaligned(divisible),
         )
         for c, archs in _configs(lambda capability: config_for(dtype, rows, gated, capability))
     ]  # fmt: skip
@@ -119,7 +131,8 @@ def _input_grad(
     return [
         AuditCase(
             input_grad_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
-            maxnreg=c.maxnreg, divisible=divisible, archs=archs, **_NEWEST if inner and c.maxnreg else {},
+            divisible=divisible, archs=archs, **_limits(c), **_unaligned(divisible),
+            **_NEWEST if inner and c.maxnreg else {},
         )
         for c, archs in _configs(lambda capability: input_config_for(dtype, rows, inner, gated, capability))
     ]  # fmt: skip
