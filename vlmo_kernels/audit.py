@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .audit_loops import steps_ahead
 from .bench.display import progress
 from .runtime.audit_case import AuditCase
 
@@ -28,6 +29,8 @@ ARCHS = (80, 90, 100, 120)
 
 # Most shared memory of one program, bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_RESERVED = 1024  # of every program, taken from the SM's, not from the program's own
+REGISTERS = 64 * 1024  # of an SM
 
 # ptxas' advisories that wgmma was serialised: C7510 to C7515, each for another cause.
 SERIALISED = re.compile(r"C751[0-5]")
@@ -35,7 +38,10 @@ MATRIX_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA")
 
 
 class AuditRow(NamedTuple):
-    """One configuration on one architecture, sizes in bytes; `breach` is empty where all is well."""
+    """One configuration on one architecture, sizes in bytes; `breach` is empty where all is well.
+
+    `ahead`: steps that the main loops load ahead, None where nothing is copied asynchronously; see `audit_loops`.
+    """
 
     kernel: str
     name: str
@@ -46,6 +52,7 @@ class AuditRow(NamedTuple):
     hgmma: int
     utchmma: int
     hmma: int
+    ahead: int | None
     warnings: str
     breach: str
     note: str
@@ -96,7 +103,7 @@ def audit_case(case: AuditCase, arch: int) -> AuditRow:
     except Exception as error:  # whatever a compiler raises is a finding, and the other cases still count
         text = " ".join(str(error).split())[:200]
         breach = f"does not compile: {type(error).__name__}: {text}"
-        return AuditRow(_kernel_name(case), case.name, arch, 0, 0, 0, 0, 0, 0, "", breach, case.reason)
+        return AuditRow(_kernel_name(case), case.name, arch, 0, 0, 0, 0, 0, 0, None, "", breach, "")
     registers, log, sass = _inspect(compiled, arch)
     counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in MATRIX_INSTRUCTIONS}
     row = AuditRow(
@@ -109,28 +116,44 @@ def audit_case(case: AuditCase, arch: int) -> AuditRow:
         hgmma=counts["HGMMA"],
         utchmma=counts["UTCHMMA"],
         hmma=counts["HMMA"],
+        ahead=steps_ahead(compiled.asm["ptx"]),
         warnings=" ".join(sorted(set(SERIALISED.findall(log)))),
         breach="",
-        note=case.reason,
+        note="",
     )
-    return row._replace(breach="; ".join(_breaches(row, case, _has_16_bit_dot(compiled.asm["ttir"]))))
+    row = row._replace(note=case.reason if row.spill or not (case.wgmma and case.pipelined) else "")
+    return row._replace(breach="; ".join(_breaches(row, case, compiled.asm["ttir"])))
 
 
-def _breaches(row: AuditRow, case: AuditCase, has_16_bit_dot: bool) -> Iterable[str]:
+def _breaches(row: AuditRow, case: AuditCase, ttir: str) -> Iterable[str]:
     if row.spill > case.allowed_spill:
         yield f"{row.spill} bytes spilled, {case.allowed_spill} allowed"
-    if case.allowed_spill and not case.reason:
-        yield "a spill is allowed without a reason"
+    if (case.allowed_spill or not case.wgmma or not case.pipelined) and not case.reason:
+        yield "an exception without a reason"
     if row.shared > SHARED_LIMIT[row.arch]:
         yield f"{row.shared} bytes of shared memory, sm_{row.arch} has {SHARED_LIMIT[row.arch]}"
+    if case.blocks > 1:
+        yield from _does_not_share(row, case)
     if row.warnings:
         yield f"wgmma serialised ({row.warnings})"
-    if row.arch == 90 and has_16_bit_dot and case.wgmma and not row.hgmma:
-        yield "16-bit tl.dot without a warp-group matrix instruction"
+    has_dot, has_16_bit_dot = "tt.dot" in ttir, re.search(r"tt\.dot .*:\s*tensor<[0-9x]+x(bf16|f16)\b", ttir)
+    wide = {90: ("HGMMA", row.hgmma), 100: ("UTCHMMA", row.utchmma)}
+    if row.arch in wide and has_16_bit_dot and case.wgmma:
+        name, count = wide[row.arch]
+        if not count or row.hmma:
+            yield f"16-bit tl.dot with {count} {name} and {row.hmma} HMMA"
+    if has_dot and case.num_stages >= 3 and case.pipelined and not row.ahead:
+        yield f"nothing is loaded ahead in a main loop of {case.num_stages} stages"
 
 
-def _has_16_bit_dot(ttir: str) -> bool:
-    return re.search(r"tt\.dot .*:\s*tensor<[0-9x]+x(bf16|f16)\b", ttir) is not None
+def _does_not_share(row: AuditRow, case: AuditCase) -> Iterable[str]:
+    """Why as many programs as are meant to do not fit on one SM."""
+    registers = REGISTERS // (case.blocks * 32 * case.num_warps)
+    shared = (SHARED_LIMIT[row.arch] + SHARED_RESERVED) // case.blocks - SHARED_RESERVED
+    if row.registers > registers:
+        yield f"{row.registers} registers, {registers} for {case.blocks} blocks an SM"
+    if row.shared > shared:
+        yield f"{row.shared} bytes of shared memory, {shared} for {case.blocks} blocks an SM"
 
 
 def _audit_job(job: tuple[str, int, int]) -> AuditRow:
@@ -205,15 +228,16 @@ def _run(*command: Any) -> subprocess.CompletedProcess:
 
 def table(rows: Sequence[AuditRow]) -> str:
     """The rows as plain text, breaches marked at the end of their line."""
-    head = ("configuration", "sm", "regs", "spill", "shared", "HGMMA", "UTCHMMA", "HMMA", "")
+    head = ("configuration", "sm", "regs", "spill", "shared", "HGMMA", "UTCHMMA", "HMMA", "ahead", "")
     lines = [head]
     for row in rows:
-        remark = f"BREACH: {row.breach}" if row.breach else row.note if row.spill else ""
-        counts = (row.registers, row.spill, row.shared, row.hgmma, row.utchmma, row.hmma)
+        remark = f"BREACH: {row.breach}" if row.breach else row.note
+        ahead = "-" if row.ahead is None else row.ahead
+        counts = (row.registers, row.spill, row.shared, row.hgmma, row.utchmma, row.hmma, ahead)
         lines.append((row.name, str(row.arch), *(str(count) for count in counts), remark))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, 8)), line[8]]).rstrip()
+        "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, 9)), line[9]]).rstrip()
         for line in lines
     )
 

@@ -6,11 +6,15 @@ smaller inputs: tests/test_gpu_stages.py does so, lest the first minute on a GPU
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
 import vlmo_kernels as vk
+from vlmo_kernels.tuning import tables
 
 DEVICE = os.environ.get("VLMO_TEST_DEVICE", "cuda")
 SMALL = DEVICE == "cpu"
@@ -40,3 +44,22 @@ def gradients(module, leaves, layout, x, dy) -> list[torch.Tensor]:
     """The output and the gradient of every leaf."""
     y = module(x, layout)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@contextlib.contextmanager
+def through_descriptors(choices: dict[str, tuple]) -> Iterator[None]:
+    """Forces configurations with TMA; proves nothing, and so fails, where no launch could take it on such a GPU."""
+    from vlmo_kernels.kernels import gemm, gemm_grad, gemm_tma  # needs Triton, which collecting does not
+
+    made = []
+
+    def describe(*arguments):
+        made.append(gemm_tma.describe(*arguments))
+        return made[-1]
+
+    with tables.forced(choices), contextlib.ExitStack() as stack:
+        for module in (gemm, gemm_grad):
+            stack.enter_context(mock.patch.object(module, "describe", describe))
+        yield
+    able = SMALL or torch.cuda.get_device_capability() >= (9, 0)
+    assert any(found is not None for found in made) == able

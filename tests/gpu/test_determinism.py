@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.device import DEVICE, SMALL, gradients, make_block, make_layout, rows_for
+from tests.gpu.device import DEVICE, SMALL, gradients, make_block, make_layout, rows_for, through_descriptors
 from vlmo_kernels.kernels import gemm, gemm_grad, shared_attention
 from vlmo_kernels.tuning import tables
 
@@ -54,6 +54,21 @@ def test_eight_warps_equal_four(kernel: str) -> None:
             found.append(call())
             assert_repeats(lambda: [call()])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kernel", ["gemm", "input grad"])
+def test_descriptors_equal_pointers(kernel: str) -> None:
+    """The same products in the same order, however the operands come; and a thousand times so."""
+    call = dict(products())[kernel]
+    found = []
+    for warps, stages in ((4, 3), (8, 3), (8, 4)):
+        tile = (32, 32, 32, warps, 2, 2, None) if SMALL else (128, 128, 64, warps, stages, 2, None)
+        with tables.forced({kernel: tile}):
+            found.append(call())
+        with through_descriptors({kernel: (*tile, True)}):
+            found.append(call())
+            assert_repeats(lambda: [call()])
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("kernel", ["fwd", "dq", "dkdv", "short", "dbias"])

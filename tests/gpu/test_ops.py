@@ -12,7 +12,7 @@ import vlmo_kernels as vk
 from tests.common.agreement import assert_problem_as_eager
 from tests.common.cases import CASES, Case
 from tests.common.problems import PROBLEMS
-from tests.gpu.device import DEVICE, SMALL
+from tests.gpu.device import DEVICE, SMALL, through_descriptors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,6 +36,20 @@ def test_as_close_as_eager(name: str, dtype: torch.dtype) -> None:
     assert_problem_as_eager(
         problem, cases, dtype, ours=on_device(problem), impl="triton", static=True, seeds=1 if SMALL else 3
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["routed_linear-plain", "routed_linear-epilogue", "routed_ffn-swiglu", "routed_ffn-full", "routed_ffn-gated_full"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_close_as_eager_through_descriptors(name: str, dtype: torch.dtype) -> None:
+    """The same with TMA in every product (widths here are multiples of 16 bytes), on tiles that their ends cut."""
+    tile = (32, 32, 32, 4, 2) if SMALL else (64, 64, 32, 4, 3)
+    parts = dict.fromkeys(("gemm", "input grad", "input grad activated"), 2)
+    parts |= dict.fromkeys(("gemm gated", "input grad gated"), 4)
+    with through_descriptors({kernel: (*tile, n, None, True) for kernel, n in parts.items()}):
+        test_as_close_as_eager(name, dtype)
 
 
 @pytest.mark.parametrize("name", ["routed_linear-epilogue", "routed_ffn-gated_full", "shared_attention-prefix_bias"])

@@ -105,6 +105,17 @@ def test_a_cache_out_of_reach_warns_and_is_left(folders, error: Exception, monke
         assert tables.find(PROBLEM, GPU).config == (1,)
 
 
+def test_a_table_from_before_descriptors_is_read(folders) -> None:
+    """A field that `Config` gained since has its default."""
+    pytest.importorskip("triton")
+    from vlmo_kernels.kernels.gemm import Config
+
+    old, new = [128, 128, 64, 8, 3, 2, 128], [128, 128, 64, 8, 3, 2, 128, True]
+    tables.write(folders[0], table(entry(old), entry(new, kernel="input grad")))
+    found = [Config(*tables.find(Problem(kernel, *PROBLEM[1:]), GPU).config) for kernel in ("gemm", "input grad")]
+    assert [c.tma for c in found] == [False, True] and found[0] == found[1]._replace(tma=False)
+
+
 def test_a_table_is_replaced_at_once(folders, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails leaves the old table and no half of a new one under its name."""
     user, _ = folders

@@ -49,6 +49,7 @@ def audit_cases() -> list[AuditCase]:
 
 # Bytes of spill stores plus loads, with the reason, by case and architecture.
 FP32 = "IEEE fp32 without tensor cores: the next smaller tiles spill more, the next larger pass shared memory"
+LOW = "tiles below the 64 rows of a warp group's product: larger ones spill"
 SPILLS = {
     ("attention short bf16 Dh=64 causal 256x32", 90): (64, "at 255 registers; with a bias or a prefix nothing spills"),
     ("attention fwd fp32 Dh=256 bias 32x16", 100): (8, FP32),
@@ -61,7 +62,7 @@ SPILLS = {
 
 def _allowance(case: AuditCase) -> dict:
     spill, reason = SPILLS.get((case.name, *case.archs), (0, ""))
-    return dict(allowed_spill=spill, reason=reason)
+    return dict(allowed_spill=spill, reason=reason or case.reason)
 
 
 def _case(kernel: str, dtype: str, head_dim: int, max_seqlen: int, mask: str, arch: int) -> AuditCase | None:
@@ -77,6 +78,8 @@ def _case(kernel: str, dtype: str, head_dim: int, max_seqlen: int, mask: str, ar
     config = next((c for c in found if c is not None), None)
     if config is None:
         return None
+    # S^T and dk, dv have the key tile as rows; the rest has the query tile.
+    low = itemsize == 2 and arch in (90, 100) and (config.block_n if kernel == "dkdv" else config.block_m) < 64
     constants = dict(
         H=HEADS, GROUP=GROUP if grouped else 1, DH=head_dim, DHP=padded_head_dim(head_dim),
         ALIGN=math.gcd(16, head_dim), HAS_BIAS=bias, NATURAL=bias or itemsize == 4, WIDE_BIAS=False, CAUSAL=causal,
@@ -96,6 +99,6 @@ def _case(kernel: str, dtype: str, head_dim: int, max_seqlen: int, mask: str, ar
         num_warps=config.warps,
         num_stages=config.stages,
         archs=(arch,),
-        # S^T and dk, dv have the key tile as rows: wgmma needs 64; dbias and dq have the query tile.
-        wgmma=itemsize == 2 and (config.block_n if kernel == "dkdv" else config.block_m) >= 64,
+        wgmma=not low,
+        reason=LOW if low else "",
     )

@@ -23,6 +23,7 @@ from vlmo_kernels.runtime.route import Route
 from vlmo_kernels.tuning import tables
 
 from .activations import activate
+from .gemm_tma import MOST_SEGMENTS, accumulate_boxes, accumulate_gated_boxes, describe, pick
 
 
 class Config(NamedTuple):
@@ -32,6 +33,7 @@ class Config(NamedTuple):
         bm, bn, bk: rows and columns of a tile, and steps of the contraction.
         parts: the epilogue takes 1/parts of the columns at a time.
         maxnreg: register cap, or None.
+        tma: operands come through tensor descriptors where they can; see gemm_tma.py.
     """
 
     bm: int
@@ -41,6 +43,7 @@ class Config(NamedTuple):
     stages: int
     parts: int = 1
     maxnreg: int | None = None
+    tma: bool = False
 
 
 def config_for(dtype: torch.dtype, rows: int, gated: bool, capability: tuple[int, int] | None) -> Config:
@@ -250,15 +253,17 @@ def _store(
 @triton.jit
 def gemm_kernel(
     X, W, BIAS, W_UP, BIAS_UP, GAMMA, ROW_SCALE, RESIDUAL, Y, PRE, UP, OFFSETS, stride_x, stride_residual,
+    W0, W1, W2, W3, U0, U1, U2, U3,
     N: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, SEGMENTS: tl.constexpr,
     BIAS_MASK: tl.constexpr, BIAS_UP_MASK: tl.constexpr, GAMMA_MASK: tl.constexpr,
     ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, SAVE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """X `[T, K]` rows `stride_x` apart; W, W_UP tuples of `[N, K]`; Y, PRE, UP `[T, N]` contiguous.
 
+    TMA: X is a descriptor, and those of the weights are W0 to W3 and U0 to U3, by segment; W and W_UP are None.
     z = x w' + bias; u = x w_up' + bias_up; y = residual + row_scale * gamma * act(z) [* u]. SAVE stores z and u.
     """
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
@@ -272,13 +277,22 @@ def gemm_kernel(
         readable = tl.minimum(rows, end - 1)
         acc = tl.zeros((BM, BN), tl.float32)
         up = acc
-        w = select(W, segment, SEGMENTS)
         if IS_GATED:
             up = tl.zeros((BM, BN), tl.float32)
-            w_up = select(W_UP, segment, SEGMENTS)
-            acc, up = _accumulate_gated(acc, up, X, stride_x, w, w_up, readable, cols, N, K, BK, PRECISION)
+        if TMA:
+            w = pick(W0, W1, W2, W3, segment, SEGMENTS)
+            if IS_GATED:
+                w_up = pick(U0, U1, U2, U3, segment, SEGMENTS)
+                acc, up = accumulate_gated_boxes(acc, up, X, w, w_up, first, column_tile * BN, K, BK, PRECISION)
+            else:
+                acc = accumulate_boxes(acc, X, w, first, column_tile * BN, K, BK, True, PRECISION)
         else:
-            acc = accumulate(acc, X, stride_x, w, readable, cols, N, K, BK, True, PRECISION)
+            w = select(W, segment, SEGMENTS)
+            if IS_GATED:
+                w_up = select(W_UP, segment, SEGMENTS)
+                acc, up = _accumulate_gated(acc, up, X, stride_x, w, w_up, readable, cols, N, K, BK, PRECISION)
+            else:
+                acc = accumulate(acc, X, stride_x, w, readable, cols, N, K, BK, True, PRECISION)
 
         # A part of the columns at a time: the epilogue's operands for a whole tile do not fit in registers.
         if PARTS == 1:
@@ -420,17 +434,26 @@ def gemm(
     bu, bias_up_mask = pointers_of(up_biases, experts)
     g, gamma_mask = pointers_of(gamma, experts)
     c = Config(*choice.config) if choice else config_for(x.dtype, rows, gated, capability(x.device))
+    operand, boxes = x, [None] * (2 * MOST_SEGMENTS)
+    if c.tma:
+        found = describe([x], [w, wu], (c.bm, c.bk), (c.bn, c.bk))
+        if found is None:
+            c = config_for(x.dtype, rows, gated, capability(x.device))
+        else:
+            (operand,), boxes = found
+            w = wu = None
     tiles = row_tile_bound(rows, len(experts), c.bm) * triton.cdiv(n, c.bn)
     with on_device(x):
         gemm_kernel[persistent_grid(tiles, x.device)](
-            x, w, b, wu, bu, g, None if row_scale is None else row_scale.contiguous(), residual,
+            operand, w, b, wu, bu, g, None if row_scale is None else row_scale.contiguous(), residual,
             y, pre, up, route.offsets,
-            x.stride(0), 0 if residual is None else residual.stride(0),
+            x.stride(0), 0 if residual is None else residual.stride(0), *boxes,
             N=n, K=k, GROUPS=group_bounds(route.segments), SEGMENTS=len(experts),
             BIAS_MASK=bias_mask, BIAS_UP_MASK=bias_up_mask, GAMMA_MASK=gamma_mask,
             ACTIVATION=activation, IS_GATED=gated, SAVE=save,
             HAS_ROW_SCALE=row_scale is not None, HAS_RESIDUAL=residual is not None,
             EXACT=x.dtype == torch.float32, PRECISION=precision_of(x.dtype),
-            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages, maxnreg=c.maxnreg,
+            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, TMA=c.tma,
+            num_warps=c.warps, num_stages=c.stages, maxnreg=c.maxnreg,
         )  # fmt: skip
     return y, pre, up

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vlmo_kernels.runtime.audit_case import AuditCase
@@ -27,14 +29,14 @@ FEW = 512
 def audit_cases() -> list[AuditCase]:
     cases: list[AuditCase] = []
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for dtype, rows in ((bf16, MANY), (bf16, FEW), (fp32, MANY)):
-        cases += _gemm("fc1 gelu", dtype, rows, 768, 3072, bias=True, activation="gelu", save=True)
-        cases += _gemm("fc1 swiglu", dtype, rows, 1024, 2816, activation="silu", gated=True, save=True)
-        cases += _gemm("fc2", dtype, rows, 3072, 768, bias=True, gamma="fp32", residual="fp32")
-        cases += _input_grad("fc2 gelu", dtype, rows, 768, 3072, activation="gelu")
-        cases += _input_grad("fc2 swiglu", dtype, rows, 1024, 2816, activation="silu", gated=True)
-        cases += _input_grad("fc1", dtype, rows, 3072, 768)
-        cases += _input_grad("fc1 swiglu", dtype, rows, 2816, 1024, second=True)
+    for dtype, rows, tma in ((bf16, MANY, False), (bf16, FEW, False), (fp32, MANY, False), (bf16, MANY, True)):
+        cases += _gemm("fc1 gelu", dtype, rows, 768, 3072, bias=True, activation="gelu", save=True, tma=tma)
+        cases += _gemm("fc1 swiglu", dtype, rows, 1024, 2816, activation="silu", gated=True, save=True, tma=tma)
+        cases += _gemm("fc2", dtype, rows, 3072, 768, bias=True, gamma="fp32", residual="fp32", tma=tma)
+        cases += _input_grad("fc2 gelu", dtype, rows, 768, 3072, activation="gelu", tma=tma)
+        cases += _input_grad("fc2 swiglu", dtype, rows, 1024, 2816, activation="silu", gated=True, tma=tma)
+        cases += _input_grad("fc1", dtype, rows, 3072, 768, tma=tma)
+        cases += _input_grad("fc1 swiglu", dtype, rows, 2816, 1024, second=True, tma=tma)
     for dtype in (bf16, fp32):
         cases += _weight_grad("fc1", dtype, 3072, 768, partial=False)
         cases += _weight_grad("fc1 split", dtype, 3072, 768, partial=True)
@@ -52,28 +54,58 @@ def audit_cases() -> list[AuditCase]:
     cases += _gemm("fc1 tf32", fp32, MANY, 768, 3072, bias=True, activation="gelu", precision="tf32")
     cases += _input_grad("fc1 tf32", fp32, MANY, 3072, 768, precision="tf32")
     cases += _weight_grad("fc1 tf32", fp32, 3072, 768, partial=True, precision="tf32")
+    # through descriptors, which no heuristic takes and `tune` tries in 16 bits (IEEE fp32 spills 656 bytes so)
+    cases += _gemm("fc1 gelu", bf16, FEW, 768, 3072, bias=True, activation="gelu", save=True, tma=True)
+    cases += _gemm("fc1 swiglu", fp16, MANY, 1024, 2816, activation="silu", gated=True, save=True, tma=True)
+    cases += _gemm("fc1 gelu", bf16, MANY, 544, 2176, bias=True, activation="gelu", save=True, tma=True)
+    cases += _input_grad("fc2 gelu", bf16, MANY, 544, 2176, activation="gelu", tma=True)
+    cases += _gemm("fc1 tf32", fp32, MANY, 768, 3072, bias=True, activation="gelu", precision="tf32", tma=True)
+    cases += _input_grad("fc1 tf32", fp32, MANY, 3072, 768, precision="tf32", tma=True)
     return cases + _reductions()
 
 
-# With Triton 3.6 nothing is spilled here.
-_NEWEST = dict(allowed_spill=16, reason="Triton 3.9, 128 registers for two blocks an SM")
+UNALIGNED = "rows that start at 2 bytes travel through registers"
+NEWEST = "Triton 3.9, 128 registers for two blocks an SM"  # with Triton 3.6 nothing is spilled
 
 
-def _configs(choose) -> list[tuple[Config, tuple[int, ...]]]:
-    """Every configuration, with the architectures that use it."""
+def _configs(choose, tma: bool = False) -> list[tuple[Config, tuple[int, ...]]]:
+    """Every configuration, with the architectures that use it; `tma`: the same through descriptors, where there are."""
     by_config: dict[Config, list[int]] = {}
     for arch in ARCHS:
-        by_config.setdefault(choose((arch // 10, arch % 10)), []).append(arch)
+        if arch >= 90 or not tma:
+            by_config.setdefault(choose((arch // 10, arch % 10))._replace(tma=tma), []).append(arch)
     return [(c, tuple(archs)) for c, archs in by_config.items()]
 
 
+def _boxes(
+    c: Config, kind: str, operands: tuple[str, ...], weights: tuple[str, ...], weight_box: tuple[int, int]
+) -> dict[str, str | None]:
+    """Types of the descriptors, and of the pointers whose place they take."""
+    types: dict[str, str | None] = dict.fromkeys(w + i for w in "WU" for i in "0123")
+    if c.tma:
+        rows, columns = weight_box
+        types |= dict(W=None, W_UP=None)
+        types |= {name: f"tensordesc<{kind}[{c.bm}, {c.bk}]>" for name in operands}
+        types |= {w + i: f"tensordesc<{kind}[{rows}, {columns}]>" for w in weights for i in "012"}  # three segments
+    return types
+
+
+def _limits(c: Config) -> dict[str, int | None]:
+    """A cap on registers is for a second block on the SM."""
+    return dict(maxnreg=c.maxnreg, blocks=2 if c.maxnreg else 1)
+
+
+def _unaligned(divisible: tuple[str, ...]) -> dict[str, Any]:
+    return {} if divisible else dict(pipelined=False, reason=UNALIGNED)
+
+
 def _tile(c: Config, epilogue: bool = True) -> dict[str, int]:
-    return dict(BM=c.bm, BN=c.bn, BK=c.bk) | (dict(PARTS=c.parts) if epilogue else {})
+    return dict(BM=c.bm, BN=c.bn, BK=c.bk) | (dict(PARTS=c.parts, TMA=c.tma) if epilogue else {})
 
 
 def _gemm(
     name, dtype, rows, k, n, bias=False, activation="none", gated=False, gamma=None, residual=None, save=False,
-    precision="ieee", divisible=("stride_x", "stride_residual"),
+    precision="ieee", divisible=("stride_x", "stride_residual"), tma=False,
 ):  # fmt: skip
     t = "*" + TYPES[dtype]
     up = (t,) * 3 if gated else None
@@ -91,16 +123,18 @@ def _gemm(
     title = f"gemm {name} {TYPES[dtype]} K={k} N={n}"
     return [
         AuditCase(
-            gemm_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
-            maxnreg=c.maxnreg, divisible=divisible, archs=archs,
+            gemm_kernel, f"{title} {c.bm}x{c.bn}{' tma' * c.tma}",
+            signature | _boxes(c, TYPES[dtype], ("X",), ("W", "U") if gated else ("W",), (c.bn, c.bk)),
+            constants | _tile(c), c.warps, c.stages,
+            divisible=divisible, archs=archs, **_limits(c), **_unaligned(divisible),
         )
-        for c, archs in _configs(lambda capability: config_for(dtype, rows, gated, capability))
+        for c, archs in _configs(lambda capability: config_for(dtype, rows, gated, capability), tma)
     ]  # fmt: skip
 
 
 def _input_grad(
     name, dtype, rows, k, n, activation="none", gated=False, second=False, precision="ieee",
-    divisible=("stride_dy", "stride_dy_up"),
+    divisible=("stride_dy", "stride_dy_up"), tma=False,
 ):  # fmt: skip
     t = "*" + TYPES[dtype]
     inner = activation != "none"
@@ -118,10 +152,13 @@ def _input_grad(
     title = f"input grad {name} {TYPES[dtype]} K={k} N={n}"
     return [
         AuditCase(
-            input_grad_kernel, f"{title} {c.bm}x{c.bn}", signature, constants | _tile(c), c.warps, c.stages,
-            maxnreg=c.maxnreg, divisible=divisible, archs=archs, **_NEWEST if inner and c.maxnreg else {},
+            input_grad_kernel, f"{title} {c.bm}x{c.bn}{' tma' * c.tma}",
+            signature | _boxes(c, TYPES[dtype], ("DY", "DY_UP")[: 1 + second], ("W", "U")[: 1 + second], (c.bk, c.bn)),
+            constants | _tile(c), c.warps, c.stages,
+            divisible=divisible, archs=archs, **_limits(c), **_unaligned(divisible),
+            **dict(allowed_spill=24 if c.tma else 16, reason=NEWEST) if inner and c.maxnreg else {},
         )
-        for c, archs in _configs(lambda capability: input_config_for(dtype, rows, inner, gated, capability))
+        for c, archs in _configs(lambda capability: input_config_for(dtype, rows, inner, gated, capability), tma)
     ]  # fmt: skip
 
 

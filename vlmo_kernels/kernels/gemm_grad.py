@@ -36,6 +36,7 @@ from .gemm import (
     select,
     swizzle,
 )
+from .gemm_tma import MOST_SEGMENTS, accumulate_boxes, describe, pick
 
 REDUCE_COLUMNS = 1024  # columns a step of `reduce_weight_grad_kernel`
 
@@ -84,11 +85,12 @@ def _store(
 @triton.jit
 def input_grad_kernel(
     DY, W, DY_UP, W_UP, ROW_SCALE, PRE, UP, DX, DX_UP, H, DB, DB_UP, OFFSETS, T, stride_dy, stride_dy_up,
+    W0, W1, W2, W3, U0, U1, U2, U3,
     N: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, SEGMENTS: tl.constexpr, GROUPS_TOTAL: tl.constexpr,
     ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
     SAVE_H: tl.constexpr, SAVE_DB: tl.constexpr, ZERO_TAIL: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """d = row_scale * (DY @ w [+ DY_UP @ w_up]); DY, DY_UP `[T, K]`; w, w_up tuples of `[K, N]`; outputs `[T, N]`.
 
@@ -96,7 +98,7 @@ def input_grad_kernel(
     DX = d act'(pre) [up], DX_UP = d act(pre), and SAVE_H stores row_scale * act(pre) [up], the operand of the
     next weight gradient.
     SAVE_DB stores column sums of DX (DX_UP) for each row tile, `[row tiles, N]` fp32, before they are rounded.
-    ZERO_TAIL clears the dead rows of DX.
+    ZERO_TAIL clears the dead rows of DX. TMA: as in `gemm_kernel`.
     """
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
     row_tiles = count_row_tiles(OFFSETS, GROUPS, SEGMENTS, BM)
@@ -107,11 +109,18 @@ def input_grad_kernel(
         cols = column_tile * BN + tl.arange(0, BN)
         readable = tl.minimum(rows, end - 1)
         acc = tl.zeros((BM, BN), tl.float32)
-        w = select(W, segment, SEGMENTS)
-        acc = accumulate(acc, DY, stride_dy, w, readable, cols, N, K, BK, False, PRECISION)
-        if HAS_SECOND:
-            w_up = select(W_UP, segment, SEGMENTS)
-            acc = accumulate(acc, DY_UP, stride_dy_up, w_up, readable, cols, N, K, BK, False, PRECISION)
+        if TMA:
+            w = pick(W0, W1, W2, W3, segment, SEGMENTS)
+            acc = accumulate_boxes(acc, DY, w, first, column_tile * BN, K, BK, False, PRECISION)
+            if HAS_SECOND:
+                w_up = pick(U0, U1, U2, U3, segment, SEGMENTS)
+                acc = accumulate_boxes(acc, DY_UP, w_up, first, column_tile * BN, K, BK, False, PRECISION)
+        else:
+            w = select(W, segment, SEGMENTS)
+            acc = accumulate(acc, DY, stride_dy, w, readable, cols, N, K, BK, False, PRECISION)
+            if HAS_SECOND:
+                w_up = select(W_UP, segment, SEGMENTS)
+                acc = accumulate(acc, DY_UP, stride_dy_up, w_up, readable, cols, N, K, BK, False, PRECISION)
 
         if PARTS == 1:
             _store(
@@ -319,6 +328,16 @@ def input_grad(
         choice = None
     c = Config(*choice.config) if choice else input_config_for(dy.dtype, rows, activated, gated, capability(dy.device))
     experts = [e for _, _, e in route.segments]
+    w, _ = pointers_of(weights, experts)
+    wu, _ = pointers_of(up_weights, experts)
+    operand, operand_up, boxes = dy, dy_up, [None] * (2 * MOST_SEGMENTS)
+    if c.tma:
+        found = describe([dy, dy_up], [w, wu], (c.bm, c.bk), (c.bk, c.bn))
+        if found is None:
+            c = input_config_for(dy.dtype, rows, activated, gated, capability(dy.device))
+        else:
+            (operand, operand_up), boxes = found
+            w = wu = None
     row_tiles = row_tile_bound(rows, len(experts), c.bm)
 
     def partials(wanted: bool) -> torch.Tensor | None:
@@ -334,19 +353,18 @@ def input_grad(
     )
     if rows == 0 or n == 0:
         return out
-    w, _ = pointers_of(weights, experts)
-    wu, _ = pointers_of(up_weights, experts)
     with on_device(dy):
         input_grad_kernel[persistent_grid(row_tiles * triton.cdiv(n, c.bn), dy.device)](
-            dy, w, dy_up, wu, None if row_scale is None else row_scale.contiguous(), pre, up,
+            operand, w, operand_up, wu, None if row_scale is None else row_scale.contiguous(), pre, up,
             out.dx, out.dx_up, out.hidden, out.db, out.db_up,
-            route.offsets, rows, dy.stride(0), 0 if dy_up is None else dy_up.stride(0),
+            route.offsets, rows, dy.stride(0), 0 if dy_up is None else dy_up.stride(0), *boxes,
             N=n, K=k, GROUPS=group_bounds(route.segments), SEGMENTS=len(experts),
             GROUPS_TOTAL=route.offsets.shape[0] - 1, ACTIVATION=activation, IS_GATED=up is not None,
             HAS_SECOND=dy_up is not None, HAS_ROW_SCALE=row_scale is not None,
             SAVE_H=save_hidden, SAVE_DB=save_db, ZERO_TAIL=zero_tail,
             EXACT=dy.dtype == torch.float32, PRECISION=precision_of(dy.dtype),
-            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages, maxnreg=c.maxnreg,
+            BM=c.bm, BN=c.bn, BK=c.bk, PARTS=c.parts, TMA=c.tma,
+            num_warps=c.warps, num_stages=c.stages, maxnreg=c.maxnreg,
         )  # fmt: skip
     return out
 

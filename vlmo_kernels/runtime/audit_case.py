@@ -17,11 +17,13 @@ class AuditCase(NamedTuple):
         num_warps: warps of one program.
         num_stages: pipeline depth.
         allowed_spill: bytes of spill stores plus loads that are accepted.
-        reason: why a spill is accepted; required where one is.
+        reason: why an exception (a spill, no pipeline, no wgmma) is accepted; required where one is.
         maxnreg: register cap the launcher asks for, or None.
         divisible: integer arguments the launcher lets Triton specialise as multiples of 16 (strides).
         archs: compute capabilities that ship this kernel.
-        wgmma: False for a kernel whose tiles are too small for warp-group matrix instructions on sm_90.
+        wgmma: False where tiles are too small for the matrix instructions of sm_90 (HGMMA) and sm_100 (UTCHMMA).
+        pipelined: False where a loop of tl.dot with three stages or more need not load ahead.
+        blocks: programs meant to share an SM.
     """
 
     kernel: Any
@@ -36,3 +38,5 @@ class AuditCase(NamedTuple):
     divisible: tuple[str, ...] = ()
     archs: tuple[int, ...] = (80, 90, 100, 120)
     wgmma: bool = True
+    pipelined: bool = True
+    blocks: int = 1

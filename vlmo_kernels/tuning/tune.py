@@ -31,7 +31,8 @@ ROUNDS = 30
 # A configuration must beat the heuristics by this factor, or the difference is noise.
 MARGIN = 1.02
 
-# In the order of `gemm.Config`: rows, columns, steps of a tile, warps, stages, parts of the epilogue, register cap.
+# In the order of `gemm.Config`: rows, columns, steps of a tile, warps, stages, parts of the epilogue, register cap, and
+# whether operands come through tensor descriptors (from sm_90 on; IEEE fp32 has no tensor core to feed, and spills).
 GEMM = (
     (128, 128, 64, 8, 3, 2, 128), (128, 128, 64, 8, 4, 2, None), (128, 128, 64, 4, 3, 4, None),
     (128, 128, 32, 8, 4, 2, 128), (128, 256, 64, 8, 3, 4, None), (256, 128, 64, 8, 3, 4, None),
@@ -41,6 +42,11 @@ GATED = (
     (128, 128, 64, 8, 3, 4, None), (128, 64, 64, 8, 4, 4, None), (128, 64, 64, 4, 3, 4, None),
     (64, 128, 64, 8, 3, 4, None), (128, 128, 32, 8, 4, 4, None),
 )  # fmt: skip
+GEMM_TMA = (
+    (128, 128, 64, 8, 3, 2, 128, True), (128, 128, 64, 8, 4, 2, None, True), (128, 256, 64, 8, 4, 4, None, True),
+    (256, 128, 64, 8, 3, 4, None, True), (64, 128, 64, 4, 4, 2, None, True),
+)  # fmt: skip
+GATED_TMA = ((128, 128, 64, 8, 3, 4, None, True), (128, 64, 64, 8, 4, 4, None, True))
 WEIGHT = (
     (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4),
     (128, 64, 64, 4, 4),
@@ -223,8 +229,9 @@ def _gemm_jobs(layout: ModalityLayout, draw, hidden: int, dim: int, device: str)
 
     route, rows = layout.route({"text": 0, "image": 1}, 2), layout.tokens
     small = device == "cpu"
-    tiles = ((32, 32, 16, 4, 2, 2, None), (16, 32, 32, 4, 2, 2, None)) if small else GEMM
-    gated_tiles = ((32, 32, 16, 4, 2, 4, None),) if small else GATED
+    tma = not small and draw(0).dtype != torch.float32 and gemm.capability(torch.device(device)) >= (9, 0)
+    tiles = ((32, 32, 16, 4, 2, 2, None), (32, 32, 32, 4, 2, 2, None, True)) if small else GEMM + GEMM_TMA * tma
+    gated_tiles = ((32, 32, 16, 4, 2, 4, None),) if small else GATED + GATED_TMA * tma
     weight_tiles = ((32, 16, 32, 4, 2),) if small else WEIGHT
     ends = route.ranges()
 
