@@ -143,11 +143,12 @@ def test_activations_alone(activation: str, instructions: str) -> None:
         assert_close_as_eager(dpre, right, eager, f"derivative of {activation}")
 
 
-def test_long_sums_are_as_exact_as_those_of_the_library(instructions: str) -> None:
+@pytest.mark.parametrize("module", [dense, onednn])
+def test_long_sums_are_as_exact_as_those_of_the_library(module, instructions: str) -> None:
     """K of VLMo's second layer: one long chain of additions would lose a digit more than a library's product."""
     layer = Layer(64, 64, 3072)
     y = torch.empty(64, 64)
-    dense.forward_into(y, layer.x, dense.prepare(layer.w, 64), None)
+    module.forward_into(y, layer.x, module.prepare(layer.w, 64), None)
     right = layer.x.double() @ layer.w.double().T
     assert_close_as_eager(y, right, layer.x @ layer.w.T)
 

@@ -27,7 +27,10 @@ def why_not(request) -> str | None:
 def how(request) -> str:
     """What runs, for `explain`."""
     why = dense.why_not()
-    return f"compiled kernels ({compiled.instructions()})" if why is None else f"oneDNN; compiled kernels: {why}"
+    if why is None:
+        return f"compiled kernels ({compiled.instructions()})"
+    inexact = request.dtype == torch.float32 and not onednn.sums_as_exactly()
+    return f"{'torch, for oneDNN is less exact here' if inexact else 'oneDNN'}; compiled kernels: {why}"
 
 
 def scaled(dy: torch.Tensor, row_scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

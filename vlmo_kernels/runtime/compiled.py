@@ -98,7 +98,8 @@ def report() -> list[tuple[str, str]]:
 
 
 def _stale() -> list[tuple[str, str]]:
-    built = min((path.stat().st_mtime for path in FOLDER.glob("*.so")), default=float("inf"))
+    # the newest: a build leaves those as they are whose sources have not changed
+    built = max((path.stat().st_mtime for path in FOLDER.glob("*.so")), default=float("inf"))
     newer = [p for p in SOURCES.rglob("*.*") if p.suffix in (".cpp", ".cu", ".h") and p.stat().st_mtime > built]
     if not newer:
         return []
