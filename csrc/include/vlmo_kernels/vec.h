@@ -188,9 +188,9 @@ static inline vf exp_of(vf x) {
   t = vmax(set1(-126.0f), t);
   const vf magic = set1(12582912.0f), shifted = t + magic, n = shifted - magic;
 #endif
-  const vf f = t - n;
-  vf p;
-  if (precise) {
+  vf f = t - n, p;
+  if (precise) {  // t has the rounding of a large number; x less n ln 2, in two pieces, has not
+    f = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x)) * 1.44269504088896341f;
     p = set1(1.53533591e-4f);
     p = fma(p, f, set1(1.33988754e-3f));
     p = fma(p, f, set1(9.61843738e-3f));
