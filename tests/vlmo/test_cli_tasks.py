@@ -1,6 +1,7 @@
 """`vlmo embed`, `retrieve`, `finetune` and `evaluate`, end to end on a tiny model."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -118,8 +119,17 @@ def test_evaluate_retrieval(run, tmp_path, capsys):
 def test_finetune_then_evaluate(task, run, tmp_path, capsys):
     out, figures, predictions = tmp_path / "tuned", tmp_path / "f.json", tmp_path / "p.json"
     data = ("--task", task, "--data", "shapes:64")
-    assert vlmo("finetune", *data, "--model", run, "--out", out, "--steps", 4, "--batch-size", 8, "--lr", 1e-3) == 0
-    assert len((out / "log.jsonl").read_text().splitlines()) == 4
+    few = ("--steps", 4, "--batch-size", 8, "--lr", 1e-3, "--log-every", 1, "--save-every", 2)
+    assert vlmo("finetune", *data, "--model", run, "--out", out, *few) == 0
+    log = (out / "log.jsonl").read_text().splitlines()
+    assert len(log) == 4
+    # Killed after the second step, it goes on as if nothing had been.
+    shutil.rmtree(out / "snapshots" / "step-00000004")
+    assert vlmo("finetune", *data, "--model", run, "--out", out, *few) == 2
+    assert "must be a new folder" in capsys.readouterr().err
+    assert vlmo("finetune", *data, "--model", run, "--out", out, *few, "--resume") == 0
+    again = (out / "log.jsonl").read_text().splitlines()
+    assert again[:2] == log[:2] and [json.loads(a)["loss"] for a in again] == [json.loads(a)["loss"] for a in log]
     wanted = ("--model", out, "--out", figures, "--predictions", predictions)
     assert vlmo("evaluate", "--task", task, "--data", "shapes:30:heldout", *wanted) == 0
     result = json.loads(figures.read_text())

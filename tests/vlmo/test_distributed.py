@@ -16,7 +16,7 @@ from tests.common.numerics import assert_close_as_eager
 from tests.vlmo.training import CONFIG, loader, tokenizer
 from vlmo.pretrain import Run, run
 from vlmo.stages import stage_config
-from vlmo.train import Recipe, Trainer, build_stage
+from vlmo.train import Recipe, build_stage, stage_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LR, DROP = 6, 1e-3, 0.1
@@ -53,7 +53,7 @@ def one_process(dtype: torch.dtype) -> torch.Tensor:
     """The same run in this process."""
     config = replace(CONFIG, drop_path=DROP)
     model, _ = build_stage(config, "vision-language", None, 0)
-    ours = Trainer(model.to(dtype), "vision-language", Recipe(steps=STEPS, lr=LR), tokenizer())
+    ours = stage_trainer(model.to(dtype), "vision-language", Recipe(steps=STEPS, lr=LR), tokenizer())
     stream, rows = iter(loader("vision-language", 8, stage_config(config, "vision-language"))), []
     for _ in range(STEPS):
         given = next(stream)

@@ -23,7 +23,7 @@ from vlmo.data import Batch
 from vlmo.pretrain import Run, run
 from vlmo.snapshots import load_config, newest_extra, snapshots, write_atomically
 from vlmo.stages import set_trainable, stage_config, start_from
-from vlmo.train import Recipe, Trainer, build_stage, decays, parameter_groups
+from vlmo.train import Recipe, Trainer, build_stage, decays, parameter_groups, stage_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vision", "language", "vision-language")
@@ -31,7 +31,7 @@ STAGES = ("vision", "language", "vision-language")
 
 def trainer(stage: str, recipe: Recipe, config=CONFIG, start: Path | None = None) -> Trainer:
     model, _ = build_stage(config, stage, start, recipe.seed)
-    return Trainer(model, stage, recipe, tokenizer())
+    return stage_trainer(model, stage, recipe, tokenizer())
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -176,7 +176,7 @@ def test_three_stages_end_to_end(tmp_path: Path) -> None:
         out = tmp_path / stage
         recipe = Recipe(steps=steps, lr=3e-3, warmup=5, log_every=1, save_every=1000, clip=1.0)
         model, reports[stage] = build_stage(CONFIG, stage, start, 0)
-        Trainer(model, stage, recipe, tokenizer()).fit(loader(stage, 8), out)
+        stage_trainer(model, stage, recipe, tokenizer()).fit(loader(stage, 8), out)
         log = log_of(out)
         assert [line["step"] for line in log] == list(range(1, steps + 1))
         for name in {"mim", "mlm", "itc", "itm"} & log[0].keys():
@@ -421,7 +421,7 @@ def test_kernels_and_reference_train_alike_for_50_steps() -> None:
     def losses(dtype: torch.dtype, impl: str) -> torch.Tensor:
         recipe = Recipe(steps=50, lr=1e-3, warmup=5, impl=impl)
         model, _ = build_stage(CONFIG, "vision-language", None, 0)
-        ours = Trainer(model.to(dtype), "vision-language", recipe, tokenizer())
+        ours = stage_trainer(model.to(dtype), "vision-language", recipe, tokenizer())
         stream, values = iter(loader("vision-language", 8)), []
         for _ in range(50):
             given = next(stream)
