@@ -160,7 +160,6 @@ def run_finetune(
         )
     trainer = task_trainer(loaded.model, task, recipe, loaded.model.transformer.cls_token.device)
     out.mkdir(parents=True, exist_ok=True)
-    save_beside(out, task, loaded)
     with Progress(console=console, disable=rank() != 0) as progress:
         bar = progress.add_task(f"finetune {task}", total=recipe.steps)
 
@@ -168,7 +167,7 @@ def run_finetune(
             said = f"{task}: loss {line['loss']:.3f}, right {line['accuracy']:.0%}"
             progress.update(bar, completed=line["step"], description=said)
 
-        trainer.fit(batches, out, resume, show)
+        trainer.fit(batches, out, resume, show, lambda: save_beside(out, task, loaded))
     _show(Report.sum(gather_object(batches.report)))
     _say(f"model: {out}")
 

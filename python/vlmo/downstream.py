@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import VLMoConfig
 from .data import CORRUPT, Batch, Report, image_tensor, load_image
+from .devices import move
 from .distributed import rank, world_size
 from .model import VLMo
 from .objectives import contrastive_loss
@@ -78,7 +79,7 @@ class TaskBatch:
 
     def to(self, device: torch.device | str) -> TaskBatch:
         values = [getattr(self, f.name) for f in fields(self)[1:]]
-        return TaskBatch(tuple(image.to(device) for image in self.images), *(v.to(device) for v in values))
+        return TaskBatch(tuple(move(image, device) for image in self.images), *(move(v, device) for v in values))
 
 
 class FineTuning(nn.Module):

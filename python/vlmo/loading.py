@@ -13,7 +13,6 @@ import vlmo_kernels
 
 from .checkpoint import load_checkpoint, read_state
 from .config import CONFIGS, VLMoConfig
-from .distributed import rank
 from .downstream import VLMoForNLVR2, VLMoForVQA
 from .model import VLMo
 from .position import num_extra_rows
@@ -102,10 +101,9 @@ def load_model(
 def save_beside(out: Path, task: str, loaded: Loaded) -> None:
     """What `load_model` needs beside the parameters and configuration of a fine-tuned model: vocab.txt, and of a
     classifier classes.json."""
-    if rank() == 0:
-        loaded.tokenizer.save(out / "vocab.txt")
-        if loaded.classes:
-            write_atomically(out / "classes.json", json.dumps({"task": task, "classes": loaded.classes}, indent=1))
+    loaded.tokenizer.save(out / "vocab.txt")
+    if loaded.classes:
+        write_atomically(out / "classes.json", json.dumps({"task": task, "classes": loaded.classes}, indent=1))
 
 
 def _build(config: VLMoConfig, task: str, classes: tuple[str, ...]) -> VLMo:

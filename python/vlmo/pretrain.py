@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +74,6 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
                 f"pretrain: --from must hold model.safetensors, {options.start} does not. Hint: let that stage finish."
             )
     model, report = build_stage(config, options.stage, start, recipe.seed)
-    readers = world_size() * max(1, options.workers)
     data = Loader(
         open_source(options.data, config.image_size),
         tokenizer,
@@ -87,8 +85,6 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
         rank=rank(),
         world_size=world_size(),
         num_workers=options.workers,
-        # A run can be resumed by any number of readers that divides its lanes; by default up to 16.
-        lanes=None if readers <= 16 else math.gcd(options.batch_size, 1 << 12),
     )
     trainer = stage_trainer(model, options.stage, recipe, tokenizer, device)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -101,8 +97,6 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
             f"{trained / 1e6:.1f} M of them trained, {world_size()} process(es) on {device}",
             file=sys.stderr,
         )
-        if tokenizer is not None:
-            tokenizer.save(options.out / "vocab.txt")
     with tqdm(total=recipe.steps, desc=options.stage, unit="step", disable=rank() != 0) as bar:
 
         def show(line: dict[str, float]) -> None:
@@ -110,7 +104,11 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
             bar.set_postfix(losses, refresh=False)
             bar.update(line["step"] - bar.n)
 
-        last = trainer.fit(data, options.out, options.resume, show)
+        def beside() -> None:
+            if tokenizer is not None:
+                tokenizer.save(options.out / "vocab.txt")
+
+        last = trainer.fit(data, options.out, options.resume, show, beside)
     report = Report.sum(gather_object(data.report))
     if rank() == 0:
         for line in report.lines():

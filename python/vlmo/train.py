@@ -102,6 +102,8 @@ class Recipe:
 
 def initialise_distributed(device: str) -> torch.device:
     """Join the processes torchrun started, if any; returns the device of this process."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: it must be cpu or cuda, got {device!r}.")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device: {device!r} must be usable, torch sees no GPU here. Hint: --device cpu.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -198,12 +200,14 @@ class Trainer:
     # ------------------------------------------------------------------ a run
 
     def fit(
-        self, data: Data, out: Path, resume: bool = False, progress: Callable[[dict[str, float]], None] | None = None
-    ) -> dict[str, float]:
+        self, data: Data, out: Path, resume: bool = False, progress: Callable[[dict[str, float]], None] | None = None,
+        beside: Callable[[], None] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Train to `recipe.steps`; returns the last line of the log.
 
         out: gets `log.jsonl`, `snapshots/`, and at the end `model.safetensors` and `config.json`. resume: go on
-        from the newest snapshot, if there is one. progress: called with every line of the log.
+        from the newest snapshot, if there is one. progress: called with every line of the log. beside: called by
+        process 0 when nothing speaks against the run any more, to write what else belongs into `out`.
         """
         out.mkdir(parents=True, exist_ok=True)
         log = out / "log.jsonl"
@@ -220,6 +224,8 @@ class Trainer:
         if rank() == 0:
             kept = [line for line in _lines(log) if resume and json.loads(line)["step"] <= self.step]
             write_atomically(log, "".join(line + "\n" for line in kept))
+            if beside is not None:
+                beside()
         stream, line = iter(data), {}
         started, since = time.perf_counter(), self.step
         while self.step < self.recipe.steps:

@@ -140,6 +140,12 @@ def test_finetune_then_evaluate(task, run, tmp_path, capsys):
         right = [str(shapes.statement(i, image_size=32, split="heldout").truth) == rows[i]["label"] for i in range(30)]
     assert result["examples"] == 30 and result["accuracy"] == pytest.approx(sum(right) / 30)
     assert len(rows) == 30 and set(rows[0]) == ({"question_id", "answer"} if task == "vqa" else {"identifier", "label"})
+    # Nor does a call for another task touch anything of it.
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    other = ("--task", "nlvr2" if task == "vqa" else "vqa", "--data", "shapes:64", "--model", run, "--out", out)
+    assert vlmo("finetune", *other, *few, "--resume") == 2
+    assert "resumed with its own stage" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     # A model of another task is refused, and the pre-trained one has no classifier.
     assert vlmo("evaluate", *data, "--model", run) == 2
     assert "must be fine-tuned" in capsys.readouterr().err

@@ -247,6 +247,8 @@ def test_starting_is_strict() -> None:
     assert torch.equal(model.transformer.norm.weight, torch.ones(CONFIG.dim))  # nothing was copied
     with pytest.raises(ValueError, match="foreign: adapter.weight"):
         start_from(model, state | {"adapter.weight": torch.zeros(1)}, "vision-language")
+    with pytest.raises(ValueError, match="of the model's size, width 64 in 4 layers, it has 32 in 4. Hint: --config"):
+        start_from(VLMo(stage_config(replace(CONFIG, dim=64), "vision-language")), state, "vision-language")
     later = VLMo(stage_config(CONFIG, "vision-language")).state_dict()
     with pytest.raises(ValueError, match="foreign: .*mlp_vl"):
         start_from(VLMo(stage_config(CONFIG, "language")), later, "language")
@@ -387,6 +389,10 @@ def test_bad_calls_are_one_line(tmp_path: Path) -> None:
         Recipe(steps=1, clip=-1.0)
     with pytest.raises(FileNotFoundError, match="--from must exist, got .*nowhere"):
         run(Run("language", tmp_path / "d", start=tmp_path / "nowhere"), Recipe(steps=1))
+    with pytest.raises(FileNotFoundError, match="the vocabulary must exist, got .*nowhere.txt'. Hint: --vocab"):
+        run(Run("language", tmp_path / "e", data=str(tmp_path), vocab=tmp_path / "nowhere.txt"), Recipe(steps=1))
+    with pytest.raises(ValueError, match="device: it must be cpu or cuda, got 'gpu'"):
+        run(Run("vision", tmp_path / "e", device="gpu"), Recipe(steps=1))
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="device: 'cuda' must be usable"):
             run(Run("vision", tmp_path / "e", device="cuda"), Recipe(steps=1))
