@@ -222,8 +222,8 @@ def open_examples(
     if data.startswith("shapes:"):
         kind = {"vqa": ShapesQuestions, "nlvr2": ShapesStatements}[task]
         _, number, *split = data.split(":")
-        if not number.isdecimal() or len(split) > 1:
-            raise ValueError(f"{task}: shapes must be shapes:N or shapes:N:heldout, got {data!r}.")
+        if not number.isdecimal() or int(number) < 1 or len(split) > 1:
+            raise ValueError(f"{task}: shapes must be shapes:N or shapes:N:heldout, N at least 1, got {data!r}.")
         examples = kind(int(number), 0, image_size, *split)
     elif images is None:
         raise ValueError(f"{task}: with a file there must be --images, their folder. Hint: or --data shapes:2000.")

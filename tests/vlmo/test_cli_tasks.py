@@ -254,6 +254,7 @@ def test_the_text_length_is_that_of_the_positions():
         (("evaluate", "--task", "retrieval", "--data", "shapes:9", "--model", "CUT"), "load_config: "),
         (("finetune", "--task", "vqa", "--data", "a.json", "--model", "RUN", "--out", "o"), "there must be --images"),
         (("finetune", "--task", "vqa", "--data", "shapes:x", "--model", "RUN", "--out", "o"), "shapes:N"),
+        (("finetune", "--task", "nlvr2", "--data", "shapes:0", "--model", "RUN", "--out", "o"), "N at least 1"),
         (("evaluate", "--task", "retrieval", "--data", "shapes:9", "--model", "RUN", "--vocab", "none"), "vocabulary"),
     ],
 )

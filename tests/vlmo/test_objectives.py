@@ -120,6 +120,14 @@ def test_negatives_are_drawn_from_the_softmax_and_never_the_sample_itself() -> N
     assert ((share - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all()
 
 
+def test_negatives_are_sampled_without_asking_the_host() -> None:
+    """On meta there are no values: whoever wants one on the host fails."""
+    index = torch.arange(4, device="meta")
+    assert sample_negatives(torch.zeros(4, 4, device="meta"), index, index, 1).shape == (4,)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        index[0].item()
+
+
 def test_negatives_do_not_depend_on_the_order_of_the_candidates() -> None:
     logits, index = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(100, 116)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))

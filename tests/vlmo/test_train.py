@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -330,6 +331,42 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_save_that_fails_halfway_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(steps=2, save_every=2, lr=1e-3)
+    trainer("language", recipe).fit(loader("language", 8), tmp_path)
+    good = (tmp_path / "model.safetensors").read_bytes()
+
+    def half(path: Path) -> None:
+        path.write_bytes(good[: len(good) // 2])
+        raise OSError("no space left on device")
+
+    for name, fail in (
+        ("torch.distributed.checkpoint.save", lambda state, checkpoint_id: half(checkpoint_id / "__0_0.distcp")),
+        ("safetensors.torch.save_file", lambda state, path: half(path)),
+    ):
+        with monkeypatch.context() as context, pytest.raises(OSError, match="no space left"):
+            context.setattr(name, fail)
+            trainer("language", replace(recipe, steps=4)).fit(loader("language", 8), tmp_path, resume=True)
+        assert (tmp_path / "model.safetensors").read_bytes() == good
+        # The second time all snapshots are written, and the model is not.
+        assert newest_extra(tmp_path)["step"] == (2 if "checkpoint" in name else 4)
+    trainer("language", replace(recipe, steps=4)).fit(loader("language", 8), tmp_path, resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() != good
+
+
+@pytest.mark.parametrize("damaged", ["__0_0.distcp", ".metadata", "extra.json"])
+def test_a_damaged_snapshot_is_named_and_can_be_removed(damaged: str, tmp_path: Path) -> None:
+    recipe = Recipe(steps=4, save_every=2)
+    trainer("language", recipe).fit(loader("language", 8), tmp_path)
+    newest = snapshots(tmp_path)[-1]
+    (newest / damaged).write_bytes((newest / damaged).read_bytes()[:50])
+    with pytest.raises(ValueError, match="step-00000004' cannot be read: .*Hint: remove it"):
+        trainer("language", recipe).fit(loader("language", 8), tmp_path, resume=True)
+    shutil.rmtree(newest)
+    trainer("language", recipe).fit(loader("language", 8), tmp_path, resume=True)
+    assert newest_extra(tmp_path)["step"] == 4
 
 
 def options(out: Path, **changes: object) -> tuple[Run, Recipe]:
