@@ -151,18 +151,21 @@ def _read_file(path: str) -> object:
         raise ValueError(_broken(path, error)) from error
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|global:|class|function) `?([\w]+\.[\w.]+)", str(error))
-        name = refused and refused[1]
-        what = f"it wants {name}" if name else str(error).splitlines()[0]
+        if refused is None:  # nothing that could be wanted: no checkpoint, or a part of one
+            reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+            raise ValueError(_broken(path, reason)) from error
         raise ValueError(
-            f"load_checkpoint: a torch file must hold tensors and plain containers only, {path!r} does not: {what}. "
+            "load_checkpoint: a torch file must hold tensors and plain containers only, "
+            f"{path!r} does not: it wants {refused[1]}. "
             "Nothing of it was executed. Hint: if you trust whoever made it, convert it once in a process of its "
             f"own: torch.save(torch.load({path!r}, map_location='cpu', weights_only=False)['state_dict'], 'new.pt')."
         ) from error
 
 
-def _broken(path: str, error: Exception) -> str:
+def _broken(path: str, reason: object) -> str:
+    first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
     return (
-        f"load_checkpoint: the file must be whole, {path!r} cannot be read: {str(error).splitlines()[0]}. "
+        f"load_checkpoint: a whole torch or safetensors file must be there, {path!r} cannot be read: {first}. "
         "Hint: it may have been cut off; copy or download it again."
     )
 

@@ -61,7 +61,7 @@ if typer is not None:
         stage: Annotated[Stage, typer.Option(help="Which of the three; in this order.")],
         out: Annotated[Path, typer.Option(help="Folder of the run: log, snapshots, model.")],
         data: Annotated[
-            str, typer.Option(help="shapes:N, a folder, Parquet, Arrow, tar shards, a Karpathy json.")
+            str, typer.Option(help="shapes:N, photos, a folder, Parquet, Arrow, tar shards, a Karpathy json.")
         ] = "shapes:20000",
         config: Annotated[str, typer.Option(help="base, base_plus, large; on a CPU small, tiny.")] = "small",
         start: Annotated[
@@ -71,23 +71,31 @@ if typer is not None:
         vocab: Annotated[
             Path | None, typer.Option(help="BERT vocab.txt; default: that of --from, else trained for shapes.")
         ] = None,
-        image_size: Annotated[int, typer.Option(help="Pixels a side; default: the configuration's.")] = 0,
-        max_text_len: Annotated[int, typer.Option(help="Tokens of a text; default: the configuration's.")] = 0,
+        image_size: Annotated[
+            int | None, typer.Option(min=1, help="Pixels a side; default: the configuration's.")
+        ] = None,
+        max_text_len: Annotated[
+            int | None, typer.Option(min=3, help="Tokens of a text; default: the configuration's.")
+        ] = None,
         steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
         batch_size: Annotated[int, typer.Option(min=2, help="Samples of a batch over all processes.")] = 64,
-        accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
+        accumulate: Annotated[
+            int, typer.Option(min=1, help="Batches of a step; contrast and negatives stay within each.")
+        ] = 1,
         lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
         warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 0,
         weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.01,
         layer_decay: Annotated[float, typer.Option(help="Factor on the learning rate from layer to layer.")] = 1.0,
         clip: Annotated[float, typer.Option(help="Largest gradient norm; 0: none.")] = 0.0,
-        drop_path: Annotated[float, typer.Option(help="Of the last layer; -1: the configuration's.")] = -1.0,
+        drop_path: Annotated[
+            float | None, typer.Option(help="Rate of the last layer; default: the configuration's.")
+        ] = None,
         precision: Annotated[Precision, typer.Option(help="bf16 is autocast.")] = Precision.fp32,
         recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing.")] = False,
         compile: Annotated[bool, typer.Option("--compile", help="torch.compile of every block.")] = False,
         strategy: Annotated[Strategy, typer.Option(help="Of several processes (torchrun).")] = Strategy.ddp,
         impl: Annotated[str, typer.Option(help="auto, triton, cpu or reference.")] = "auto",
-        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        device: Annotated[str, typer.Option(help="cpu or cuda; a process takes the GPU of its rank.")] = "cpu",
         workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
         seed: Annotated[int, typer.Option(help="Of initialisation, order, masks, negatives, DropPath.")] = 0,
         save_every: Annotated[int, typer.Option(min=1, help="Steps between snapshots.")] = 500,
@@ -105,8 +113,8 @@ if typer is not None:
         run(
             Run(
                 stage=stage.value, out=out, data=data, config=config, start=start, resume=resume, vocab=vocab,
-                image_size=image_size or None, max_text_len=max_text_len or None,
-                drop_path=None if drop_path < 0 else drop_path, batch_size=batch_size, device=device, workers=workers,
+                image_size=image_size, max_text_len=max_text_len, drop_path=drop_path, batch_size=batch_size,
+                device=device, workers=workers,
             ),
             recipe,
         )  # fmt: skip

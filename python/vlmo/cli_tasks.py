@@ -22,10 +22,16 @@ class Precision(str, Enum):
 
 Model = Annotated[Path, typer.Option(help="Folder of a run, or a checkpoint file.")]
 Vocab = Annotated[Path | None, typer.Option(help="BERT vocab.txt; by default the model's.")]
-ImageSize = Annotated[int | None, typer.Option(help="Pixels a side; by default the model's.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Pixels a side; by default the model's.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Impl = Annotated[str, typer.Option(help="auto (the kernels) or reference (plain torch).")]
-Data = Annotated[str, typer.Option(help="shapes:N[:heldout], a folder, Parquet, Arrow, tar shards, a Karpathy json.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="shapes:N[:heldout]; for retrieval also photos, a folder, Parquet, Arrow, tar shards, a Karpathy json; "
+        "for VQA and NLVR2 their official json."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples of a step, over all processes.")]
 Annotations = Annotated[Path | None, typer.Option(help="VQA v2: the answers; --data is the questions.")]
 Images = Annotated[Path | None, typer.Option(help="VQA v2 and NLVR2: the folder of images.")]
@@ -38,7 +44,7 @@ def add_commands(app: typer.Typer) -> None:
     def embed(
         model: Model,
         out: Annotated[Path, typer.Option(help=".safetensors or .npz.")],
-        data: Annotated[str | None, typer.Option(help="Images, with captions or without; see `evaluate`.")] = None,
+        data: Annotated[str | None, typer.Option(help="Images, with captions or without; as for evaluate.")] = None,
         texts: Annotated[Path | None, typer.Option(help="Instead: a file of texts, one a line.")] = None,
         batch_size: BatchSize = 64,
         vocab: Vocab = None,
@@ -78,23 +84,32 @@ def add_commands(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Option(help="Folder of the fine-tuned model.")],
         annotations: Annotations = None,
         images: Images = None,
-        steps: Annotated[int, typer.Option(min=1)] = 1000,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest snapshot in --out.")] = False,
+        steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; a tenth of them to warm up.")] = 1000,
         batch_size: BatchSize = 64,
+        accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step; contrast stays within each.")] = 1,
         lr: Annotated[float, typer.Option(help="Peak; classifiers learn 10 times as fast.")] = 3e-5,
-        seed: int = 0,
+        seed: Annotated[int, typer.Option(help="Of the new classifier, order, dropout, DropPath.")] = 0,
         precision: Annotated[Precision, typer.Option(help="bf16 is autocast.")] = Precision.fp32,
         workers: Annotated[int, typer.Option(min=0, help="Processes that decode (retrieval).")] = 0,
+        save_every: Annotated[int, typer.Option(min=1, help="Steps between snapshots.")] = 500,
+        log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of the log.")] = 10,
         vocab: Vocab = None,
         image_size: ImageSize = None,
         device: Device = "cpu",
         impl: Impl = "auto",
     ) -> None:
-        """Fine-tune a pre-trained model for a task."""
+        """Fine-tune a pre-trained model for a task. With torchrun, on all its processes."""
         from .commands import ModelOptions, run_finetune
+        from .train import Recipe
 
+        recipe = Recipe(
+            steps=steps, lr=lr, warmup=steps // 10, clip=1.0, accumulate=accumulate, precision=precision.value,
+            seed=seed, save_every=save_every, log_every=log_every,
+        )  # fmt: skip
         run_finetune(
             ModelOptions(model, vocab, image_size, device, impl), task.value, data, annotations, images, out,
-            steps, batch_size, lr, seed, precision.value, workers,
+            resume, batch_size, workers, recipe,
         )  # fmt: skip
 
     @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from rich.text import Text
 
 from .data import Loader, Report
 from .distributed import gather_object, rank, world_size
-from .downstream import ExampleBatches, FineTuning, evaluate, finetune
-from .loading import Loaded, load_model, save_finetuned
+from .downstream import ExampleBatches, evaluate, task_trainer
+from .loading import Loaded, load_model, save_beside
 from .retrieval import Embeddings, Gallery, embed, embed_images, embed_texts, match_scores, read_gallery, recall, rerank
 from .retrieval import search as search_index
 from .snapshots import load_config, write_atomically
 from .sources import FolderSource, Source, open_source
 from .tasks import NLVR2, Examples, ShapesQuestions, ShapesStatements, VQAv2
-from .train import initialise_distributed
+from .train import Recipe, check_out, initialise_distributed
 
 console = Console()
 
@@ -139,41 +138,37 @@ def _leaving_processes() -> Iterator[None]:
 @_leaving_processes()
 def run_finetune(
     options: ModelOptions, task: str, data: str, annotations: Path | None, images: Path | None, out: Path,
-    steps: int, batch_size: int, lr: float, seed: int, precision: str, workers: int,
+    resume: bool, batch_size: int, workers: int, recipe: Recipe,
 ) -> None:  # fmt: skip
     """Fine-tune for a task and leave a folder that `evaluate` and the other commands take."""
+    check_out("finetune", out, resume)
     examples = None
     if task != "retrieval":
         examples = open_examples(task, data, annotations, images, options.picture_size())
-    torch.manual_seed(seed)  # a new classifier is drawn
+    torch.manual_seed(recipe.seed)  # a new classifier is drawn
     loaded = options.load(task, None if examples is None else tuple(examples.classes))
     config = loaded.model.config
-    torch.manual_seed(seed + rank())  # dropout and DropPath
     if examples is None:
         batches = Loader(
-            open_source(data, config.image_size), loaded.tokenizer, batch_size=batch_size, seed=seed, rank=rank(),
-            image_size=config.image_size, max_text_len=config.max_text_len, world_size=world_size(),
+            open_source(data, config.image_size), loaded.tokenizer, batch_size=batch_size, seed=recipe.seed,
+            rank=rank(), image_size=config.image_size, max_text_len=config.max_text_len, world_size=world_size(),
             num_workers=workers,
         )  # fmt: skip
     else:
         batches = ExampleBatches(
-            examples, loaded.tokenizer, config.image_size, config.max_text_len, batch_size, seed
+            examples, loaded.tokenizer, config.image_size, config.max_text_len, batch_size, recipe.seed
         )
-    tuning = FineTuning(loaded.model, task)
+    trainer = task_trainer(loaded.model, task, recipe, loaded.model.transformer.cls_token.device)
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl" if rank() == 0 else os.devnull, "w", encoding="utf-8", buffering=1)  # a line at a time
-    with log, Progress(console=console, disable=rank() != 0) as progress:
-        bar = progress.add_task(f"finetune {task}", total=steps)
+    with Progress(console=console, disable=rank() != 0) as progress:
+        bar = progress.add_task(f"finetune {task}", total=recipe.steps)
 
-        def on_step(step: int, losses: dict[str, float]) -> None:
-            log.write(json.dumps({"step": step, **losses}) + "\n")
-            progress.update(
-                bar, completed=step, description=f"{task}: loss {losses['loss']:.3f}, right {losses['accuracy']:.0%}"
-            )
+        def show(line: dict[str, float]) -> None:
+            said = f"{task}: loss {line['loss']:.3f}, right {line['accuracy']:.0%}"
+            progress.update(bar, completed=line["step"], description=said)
 
-        finetune(tuning, batches, steps=steps, lr=lr, bf16=precision == "bf16", on_step=on_step)
+        trainer.fit(batches, out, resume, show, lambda: save_beside(out, task, loaded))
     _show(Report.sum(gather_object(batches.report)))
-    save_finetuned(out, tuning, loaded)
     _say(f"model: {out}")
 
 
@@ -227,8 +222,8 @@ def open_examples(
     if data.startswith("shapes:"):
         kind = {"vqa": ShapesQuestions, "nlvr2": ShapesStatements}[task]
         _, number, *split = data.split(":")
-        if not number.isdecimal() or len(split) > 1:
-            raise ValueError(f"{task}: shapes must be shapes:N or shapes:N:heldout, got {data!r}.")
+        if not number.isdecimal() or int(number) < 1 or len(split) > 1:
+            raise ValueError(f"{task}: shapes must be shapes:N or shapes:N:heldout, N at least 1, got {data!r}.")
         examples = kind(int(number), 0, image_size, *split)
     elif images is None:
         raise ValueError(f"{task}: with a file there must be --images, their folder. Hint: or --data shapes:2000.")

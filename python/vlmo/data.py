@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from .devices import move
 from .sources import DamagedShard, Record, Source
 from .tokenizer import Tokenizer
 
@@ -43,9 +44,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         values = (getattr(self, f.name) for f in fields(self))
-        return Batch(*(None if v is None else v.to(device, non_blocking=non_blocking) for v in values))
+        return Batch(*(None if v is None else move(v, device) for v in values))
 
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
@@ -202,8 +203,9 @@ class Loader:
     of the lanes. A process (a worker in it) owns an equal share of neighbouring lanes. So the batches of a step,
     put together in the order of the ranks, are the same for every `world_size` and `num_workers` that divides
     `lanes`, and a position saved by one can be resumed by another. By default the largest power of two up to 16 that
-    divides batch_size. (With epochs given, a process reads one lane after the other instead, and every sample
-    is read exactly once an epoch; the last batch may be short.)
+    divides batch_size, where that suits the processes, else up to 16 for each that decodes. (With epochs given, a
+    process reads one lane after the other instead, and every sample is read exactly once an epoch; the last batch may
+    be short.)
 
     `report` counts what the batches given so far contained and what was skipped on the way. A sample that cannot be
     used is skipped and the next one takes its place.
@@ -228,8 +230,10 @@ class Loader:
         num_workers: int = 0,
         lanes: int | None = None,
     ) -> None:
-        lanes = math.gcd(batch_size, 16) if lanes is None else lanes
         readers = world_size * max(1, num_workers)
+        if lanes is None:
+            lanes = math.gcd(batch_size, 16)
+            lanes = lanes if lanes % readers == 0 else math.gcd(batch_size, 16 * readers)
         if use not in USES:
             raise ValueError(f"Loader: use must be one of {USES}, got {use!r}.")
         if use != "images" and tokenizer is None:
@@ -239,8 +243,7 @@ class Loader:
         if lanes % readers:
             raise ValueError(
                 f"Loader: lanes must be a multiple of world_size times num_workers, got {lanes} lanes, "
-                f"{world_size} and {num_workers}. Hint: batch_size={batch_size} has {math.gcd(batch_size, 16)} lanes "
-                "unless lanes=... says otherwise."
+                f"{world_size} and {num_workers}. Hint: a batch_size that {readers} divides, it is {batch_size}."
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"Loader: rank must lie in 0..{world_size - 1}, got {rank}.")

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .config import VLMoConfig
 from .data import CORRUPT, Batch, Report, image_tensor, load_image
+from .devices import move
 from .distributed import rank, world_size
 from .model import VLMo
 from .objectives import contrastive_loss
 from .tasks import Example, Examples
 from .tokenizer import Tokenizer
-from .train import decays
+from .train import Recipe, Trainer
 
 TASKS = ("retrieval", "vqa", "nlvr2")
-# New classifiers learn this much faster than the pre-trained rest, as in ViLT's fine-tuning (Kim et al. 2021).
-HEAD_LR = 10.0
+# Parameters that the loss of a task does not depend on: everywhere, and in the layers from `vlffn_start` on.
+_UNUSED = {
+    "retrieval": (r"^pooler\.|^mlm_score\.|^itm_score\.|^itc_vl_|^logit_vl_", r"_vl\."),
+    "vqa": (r"^mlm_score\.|^itm_score\.|^itc_|^logit_", r"_(text|imag)\."),
+    "nlvr2": (r"^mlm_score\.|^itm_score\.|^itc_|^logit_", r"_(text|imag)\."),
+}
 _HEAD_STD = 0.02  # as published
 
 
@@ -75,7 +79,7 @@ class TaskBatch:
 
     def to(self, device: torch.device | str) -> TaskBatch:
         values = [getattr(self, f.name) for f in fields(self)[1:]]
-        return TaskBatch(tuple(image.to(device) for image in self.images), *(v.to(device) for v in values))
+        return TaskBatch(tuple(move(image, device) for image in self.images), *(move(v, device) for v in values))
 
 
 class FineTuning(nn.Module):
@@ -128,12 +132,37 @@ class ExampleBatches:
         self.examples, self.tokenizer, self.seed = examples, tokenizer, seed
         self.image_size, self.max_text_len, self.batch_size = image_size, max_text_len, batch_size
         self.report = Report()
+        self.taken = 0  # examples that are behind us, of all processes
+
+    def state_dict(self) -> dict[str, object]:
+        """The position after the last batch given. Plain numbers; the same on every process."""
+        return {"taken": self.taken, **self._order()}
+
+    @staticmethod
+    def merge_states(states: Iterable[dict[str, object]]) -> dict[str, object]:
+        """One state from those of all processes; any number of processes can resume from it."""
+        return next(iter(states))
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take up a position. Raises ValueError if it belongs to other examples or another order."""
+        for name, value in self._order().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"ExampleBatches.load_state_dict: {name} must be what the state was saved with, {state[name]}, "
+                    f"got {value}. Hint: the data of the first call again."
+                )
+        self.taken = state["taken"]
+
+    def _order(self) -> dict[str, int]:
+        """What fixes the order of the examples."""
+        return {"seed": self.seed, "examples": len(self.examples), "classes": len(self.examples.classes)}
 
     def __iter__(self) -> Iterator[TaskBatch]:
-        """Endless; the rows of this process."""
+        """Endless; the rows of this process. Goes on where the last batch ended, also after `load_state_dict`."""
         share, numbers = self.batch_size // world_size(), self._numbers()
         while True:
             step = [next(numbers) for _ in range(self.batch_size)]
+            self.taken += self.batch_size
             loaded = [self._good(i) for i in step[rank() * share :][:share]]
             for example, _ in loaded:
                 if not example.target:
@@ -162,11 +191,11 @@ class ExampleBatches:
         return TaskBatch(tuple(map(torch.stack, zip(*(images for _, images in loaded)))), ids, mask, target)
 
     def _numbers(self) -> Iterator[int]:
-        epoch = 0
+        epoch, behind = divmod(self.taken, len(self.examples))
         while True:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            yield from torch.randperm(len(self.examples), generator=generator).tolist()
-            epoch += 1
+            yield from torch.randperm(len(self.examples), generator=generator).tolist()[behind:]
+            epoch, behind = epoch + 1, 0
 
     def _good(self, i: int) -> tuple[Example, tuple[Tensor, ...]]:
         for step in range(len(self.examples)):
@@ -188,58 +217,27 @@ class ExampleBatches:
         return example, images
 
 
-def finetune(
-    tuning: FineTuning,
-    batches: Iterable[TaskBatch | Batch],
-    *,
-    steps: int,
-    lr: float = 3e-5,
-    weight_decay: float = 0.01,
-    bf16: bool = False,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
-) -> None:
-    """Train in place: AdamW, a tenth of the steps to warm up, then linearly to 0; DDP under torchrun.
+def uses(task: str, config: VLMoConfig, name: str) -> bool:
+    """Whether the loss of a task depends on the parameter of this name."""
+    anywhere, on_top = _UNUSED[task]
+    layer = re.match(r"transformer\.blocks\.(\d+)\.", name)
+    if layer and int(layer[1]) >= config.vlffn_start:
+        return re.search(on_top, name) is None
+    if name == "text_embeddings.position_embeddings.weight":
+        return not config.relative_position_bias
+    return re.search(anywhere, name) is None
 
-    lr: of the pre-trained parameters; classifiers have HEAD_LR times as much. on_step: called with the number of
-    steps done and the losses of the last.
+
+def task_trainer(model: VLMo, task: str, recipe: Recipe, device: torch.device | str = "cpu") -> Trainer:
+    """To fine-tune a model in place; the recipe's precision, strategy and schedule are used, `recompute`, `compile`
+    and `impl` are not: how the blocks are computed is the model's affair.
+
+    Freezes what the task does not use: neither DDP nor a snapshot can wait for gradients that never come.
     """
-    if steps < 1:
-        raise ValueError(f"finetune: steps must be at least 1, got {steps}.")
-    device = tuning.model.transformer.cls_token.device
-    tuning.train()
-    module: nn.Module = tuning
-    if world_size() > 1:
-        # Which parameters take part depends on the task: a retrieval model has no use for fusion experts.
-        module = DistributedDataParallel(tuning, find_unused_parameters=True)
-    named = [(name, p) for name, p in tuning.named_parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for name, p in named if ("_classifier." in name, decays(name, p)) == (head, matrix)],
-            "weight_decay": weight_decay if matrix else 0.0,
-            "peak": lr * (HEAD_LR if head else 1.0),
-        }
-        for head in (False, True)
-        for matrix in (False, True)
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.98))
-    warmup = max(1, steps // 10)
-    for step, batch in zip(range(steps), batches):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            losses = module(batch.to(device))
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(tuning.parameters(), 1.0)
-        optimizer.step()
-        values = {name: value.item() for name, value in losses.items()}
-        if not math.isfinite(values["loss"]):
-            raise RuntimeError(
-                f"finetune: the loss must be finite, it is {values['loss']} at step {step + 1}. "
-                "Hint: a smaller learning rate."
-            )
-        on_step(step + 1, values)
-    tuning.eval()
+    module = FineTuning(model, task)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(uses(task, model.config, name))
+    return Trainer(module, task, recipe, lambda batch, step: batch.to(device), device)
 
 
 @torch.no_grad()

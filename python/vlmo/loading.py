@@ -13,11 +13,10 @@ import vlmo_kernels
 
 from .checkpoint import load_checkpoint, read_state
 from .config import CONFIGS, VLMoConfig
-from .distributed import rank
-from .downstream import FineTuning, VLMoForNLVR2, VLMoForVQA
+from .downstream import VLMoForNLVR2, VLMoForVQA
 from .model import VLMo
 from .position import num_extra_rows
-from .snapshots import load_config, save_model, write_atomically
+from .snapshots import load_config, write_atomically
 from .tokenizer import Tokenizer
 
 IMPLS = ("auto", "reference")
@@ -99,15 +98,12 @@ def load_model(
     return Loaded(model, tokenizer, tuple(classes or ()), notes)
 
 
-def save_finetuned(out: str | Path, tuning: FineTuning, loaded: Loaded) -> None:
-    """A folder for `load_model`: model.safetensors, config.json, vocab.txt and, of a classifier, classes.json."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
-        loaded.tokenizer.save(out / "vocab.txt")
-    if rank() == 0 and loaded.classes:
-        write_atomically(out / "classes.json", json.dumps({"task": tuning.task, "classes": loaded.classes}, indent=1))
-    save_model(out, tuning, tuning.model.config, tuning.task)
+def save_beside(out: Path, task: str, loaded: Loaded) -> None:
+    """What `load_model` needs beside the parameters and configuration of a fine-tuned model: vocab.txt, and of a
+    classifier classes.json."""
+    loaded.tokenizer.save(out / "vocab.txt")
+    if loaded.classes:
+        write_atomically(out / "classes.json", json.dumps({"task": task, "classes": loaded.classes}, indent=1))
 
 
 def _build(config: VLMoConfig, task: str, classes: tuple[str, ...]) -> VLMo:

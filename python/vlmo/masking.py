@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import counter
 from .data import Batch
+from .devices import move
 from .tokenizer import Tokenizer
 
 WORD_RATE = 0.15
@@ -25,7 +26,7 @@ class MaskedText:
     label: Tensor
 
     def to(self, device: torch.device | str) -> MaskedText:
-        return MaskedText(*(t.to(device) for t in (self.ids, self.sample, self.position, self.label)))
+        return MaskedText(*(move(t, device) for t in (self.ids, self.sample, self.position, self.label)))
 
 
 def mask_words(batch: Batch, tokenizer: Tokenizer, seed: int, step: int, rate: float = WORD_RATE) -> MaskedText:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import counter
 from .config import VLMoConfig
 from .data import Batch
+from .devices import move
 from .distributed import gather, gather_with_grad, global_mean, rank
 from .masking import MaskedText, mask_patches, mask_words
 from .model import VLMo
@@ -58,7 +59,7 @@ def prepare(
         patches = mask_patches(batch.index, config.window**2, seed, step)
         # [CLS] stands before the patches.
         read = torch.arange(size).repeat_interleave(patches.shape[1]), patches.flatten() + 1
-        plan, patches = make_plan(config, None, images=size, read=read), patches.to(device)
+        plan, patches = make_plan(config, None, images=size, read=read), move(patches, device)
         batch = Batch(batch.image, None, None, batch.index)
     else:
         masked = mask_words(batch, tokenizer, seed, step)

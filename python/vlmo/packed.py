@@ -10,7 +10,7 @@ vision-language expert. The last layer gives out only the tokens that are read. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmo_kernels import ModalityLayout
 
 from .config import VLMoConfig
+from .devices import move
 from .model import VLMo
 
 
@@ -59,10 +60,10 @@ class Plan:
         layouts: dict[int, ModalityLayout] = {}
         for layout in (self.lower, self.top, self.last):
             if id(layout) not in layouts:
-                layouts[id(layout)] = layout.to(device)
+                layouts[id(layout)] = _move(layout, device)
         lower, top, last = (layouts[id(layout)] for layout in (self.lower, self.top, self.last))
         indices = (self.source, self.branch, self.read)
-        source, branch, read = (None if index is None else index.to(device) for index in indices)
+        source, branch, read = (None if index is None else move(index, device) for index in indices)
         return replace(self, lower=lower, top=top, last=last, source=source, branch=branch, read=read)
 
     def rows(self, samples: Tensor, positions: Tensor | int = 0) -> Tensor:
@@ -192,6 +193,12 @@ def make_plan(
         texts, pairs, images, copies, start, lower, top, last, lower_experts, top_experts, last_experts,
         source, branch, read_rows,
     )  # fmt: skip
+
+
+def _move(layout: ModalityLayout, device: torch.device | str) -> ModalityLayout:
+    """`layout.to(device)`, but without waiting for the device."""
+    tables = {f.name: getattr(layout, f.name) for f in fields(layout) if f.name != "host_offsets"}
+    return replace(layout, **{name: move(t, device) for name, t in tables.items() if isinstance(t, Tensor)})
 
 
 def _layout(ids: Tensor, names: tuple[str, ...]) -> ModalityLayout:

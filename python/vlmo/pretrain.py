@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,10 @@ from .config import CONFIGS, VLMoConfig
 from .data import Loader, Report
 from .distributed import gather_object, rank, world_size
 from .objectives import STAGES, WEIGHTS
-from .snapshots import load_config, snapshots
+from .snapshots import load_config
 from .sources import open_source
 from .tokenizer import Tokenizer
-from .train import Recipe, Trainer, build_stage, initialise_distributed
+from .train import Recipe, build_stage, check_out, initialise_distributed, stage_trainer
 
 USES = {"vision": "images", "language": "texts", "vision-language": "pairs"}
 # Every word of the generated captions is one piece of it.
@@ -58,7 +57,7 @@ def run(options: Run, recipe: Recipe) -> dict[str, float]:
 def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]:
     if options.stage not in STAGES:
         raise ValueError(f"pretrain: stage must be one of {STAGES}, got {options.stage!r}.")
-    _check_out(options)
+    check_out("pretrain", options.out, options.resume)
     if options.start is not None and not options.start.exists():
         raise FileNotFoundError(f"pretrain: --from must exist, got '{options.start}'.")
     if options.start is not None and options.start.name == "model.safetensors":
@@ -75,7 +74,6 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
                 f"pretrain: --from must hold model.safetensors, {options.start} does not. Hint: let that stage finish."
             )
     model, report = build_stage(config, options.stage, start, recipe.seed)
-    readers = world_size() * max(1, options.workers)
     data = Loader(
         open_source(options.data, config.image_size),
         tokenizer,
@@ -87,10 +85,8 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
         rank=rank(),
         world_size=world_size(),
         num_workers=options.workers,
-        # A run can be resumed by any number of readers that divides its lanes; by default up to 16.
-        lanes=None if readers <= 16 else math.gcd(options.batch_size, 1 << 12),
     )
-    trainer = Trainer(model, options.stage, recipe, tokenizer, device)
+    trainer = stage_trainer(model, options.stage, recipe, tokenizer, device)
     options.out.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
         for line in report.lines() if report else ():
@@ -101,8 +97,6 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
             f"{trained / 1e6:.1f} M of them trained, {world_size()} process(es) on {device}",
             file=sys.stderr,
         )
-        if tokenizer is not None:
-            tokenizer.save(options.out / "vocab.txt")
     with tqdm(total=recipe.steps, desc=options.stage, unit="step", disable=rank() != 0) as bar:
 
         def show(line: dict[str, float]) -> None:
@@ -110,21 +104,16 @@ def _run(options: Run, recipe: Recipe, device: torch.device) -> dict[str, float]
             bar.set_postfix(losses, refresh=False)
             bar.update(line["step"] - bar.n)
 
-        last = trainer.fit(data, options.out, options.resume, show)
+        def beside() -> None:
+            if tokenizer is not None:
+                tokenizer.save(options.out / "vocab.txt")
+
+        last = trainer.fit(data, options.out, options.resume, show, beside)
     report = Report.sum(gather_object(data.report))
     if rank() == 0:
         for line in report.lines():
             print(f"data: {line}", file=sys.stderr)
     return last
-
-
-def _check_out(options: Run) -> None:
-    log = options.out / "log.jsonl"  # empty if the run failed before its first line
-    begun = log.is_file() and log.stat().st_size > 0 or bool(snapshots(options.out))
-    if begun and not options.resume:
-        raise ValueError(
-            f"pretrain: --out must be a new folder, {options.out} holds a run. Hint: --resume goes on with it."
-        )
 
 
 def _tokenizer(options: Run) -> Tokenizer | None:

@@ -90,7 +90,12 @@ def snapshots(out: Path) -> list[Path]:
 def newest_extra(out: Path) -> dict[str, object] | None:
     """What was given to `save_snapshot` as `extra`, and "step", of the newest snapshot; None if there is none."""
     found = snapshots(out)
-    return json.loads((found[-1] / "extra.json").read_text(encoding="utf-8")) if found else None
+    if not found:
+        return None
+    try:
+        return json.loads((found[-1] / "extra.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(_damaged(found[-1], error)) from error
 
 
 def load_snapshot(out: Path, module: nn.Module, optimizer: Optimizer) -> None:
@@ -100,8 +105,19 @@ def load_snapshot(out: Path, module: nn.Module, optimizer: Optimizer) -> None:
     state = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
-        dcp.load(state, checkpoint_id=found[-1])
+        try:
+            dcp.load(state, checkpoint_id=found[-1])
+        except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
+            raise ValueError(_damaged(found[-1], error)) from error
     set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def _damaged(snapshot: Path, error: BaseException) -> str:
+    reason = (str(error).strip().splitlines() or [""])[-1] or type(error).__name__
+    return (
+        f"snapshots: the newest one must be whole, '{snapshot}' cannot be read: {reason}. "
+        "Hint: remove it, and --resume goes on from the one before."
+    )
 
 
 def save_model(out: Path, module: nn.Module, config: VLMoConfig, stage: str) -> None:

@@ -100,6 +100,13 @@ def start_from(
     if any(re.match(r"blocks\.\d+\.mlp\.", key) for key in state):
         state, renamed = _from_beit(state, model.config)
     expected = model.state_dict()
+    sizes = [_size(each) for each in (expected, state)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        (width, layers), (its_width, its_layers) = sizes
+        raise ValueError(
+            f"start_from: the checkpoint must be of the model's size, width {width} in {layers} layers, it has "
+            f"{its_width} in {its_layers}. Hint: --config of the checkpoint."
+        )
     lacking = [name for name in expected if name not in state]
     new = tuple(name for name in lacking if re.search(_NEW[stage], name))
     missing = [name for name in lacking if name not in new]
@@ -111,6 +118,13 @@ def start_from(
         )
     report = load_checkpoint(model, state, strict=False)
     return StageReport((), (), (*renamed, *report.converted), report.ignored, new)
+
+
+def _size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Width and number of layers."""
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.blocks.")}
+    token = state.get("transformer.cls_token")
+    return None if token is None else (token.shape[-1], len(layers))
 
 
 def _few(names: list[str]) -> str:

@@ -40,6 +40,8 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """From a vocabulary file, one piece a line, as BERT's vocab.txt (ids are line numbers)."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Tokenizer: the vocabulary must exist, got '{path}'. Hint: --vocab vocab.txt.")
         return cls(demo_data.load_vocab(path))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The training loop of all three stages: one process, DDP or FSDP2, fp32 or bf16, resumable."""
+"""The training loop of the three stages and of fine-tuning: one process, DDP or FSDP2, fp32 or bf16, resumable."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from . import counter
 from .config import VLMoConfig
 from .data import Batch
 from .distributed import gather, gather_object, rank, world_size
@@ -31,12 +32,14 @@ from .tokenizer import Tokenizer
 STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("fp32", "bf16")
 IMPLS = ("auto", "triton", "cpu", "reference")
+# New classifiers learn this much faster than the pre-trained rest, as in ViLT's fine-tuning (Kim et al. 2021).
+HEAD_LR = 10.0
 
 
 class Data(Protocol):
-    """Endless batches of this process; `vlmo.data.Loader` is one."""
+    """Endless batches of this process; `vlmo.data.Loader` and `vlmo.downstream.ExampleBatches` are some."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[object]: ...
 
     def state_dict(self) -> dict[str, object]: ...
 
@@ -48,12 +51,13 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained.
+    """How a stage or a task is trained.
 
     steps: optimizer steps. lr: the peak, reached after `warmup` steps and falling linearly to 0 at `steps`.
     weight_decay: of matrices; norms, biases, embeddings of positions and types, and LayerScale have none.
     layer_decay: learning rate of layer i is lr * layer_decay ** (layers above it). clip: largest gradient norm, 0
-    for none. accumulate: batches per step. precision: "fp32" or "bf16" (autocast; parameters stay fp32).
+    for none. accumulate: batches per step; contrast and negatives stay within one batch, of all processes, as is
+    usual, so only a larger batch gives more of them. precision: "fp32" or "bf16" (autocast; parameters stay fp32).
     recompute: activation checkpointing. compile: torch.compile of every block. strategy: "ddp" or "fsdp", of
     several processes. impl: see `vlmo_kernels`. save_every, log_every: in steps.
     """
@@ -98,6 +102,8 @@ class Recipe:
 
 def initialise_distributed(device: str) -> torch.device:
     """Join the processes torchrun started, if any; returns the device of this process."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: it must be cpu or cuda, got {device!r}.")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device: {device!r} must be usable, torch sees no GPU here. Hint: --device cpu.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -110,34 +116,32 @@ def initialise_distributed(device: str) -> torch.device:
 
 
 class Trainer:
-    """One stage of one model. After `__init__` everything is on its device, wrapped and compiled.
+    """Trains one module. After `__init__` everything is on its device and wrapped; see `stage_trainer` and
+    `downstream.task_trainer`.
 
     Args:
-        model: with the configuration of `stage_config`; trained in place.
-        stage: one of `objectives.STAGES`.
+        module: gives the losses of a step; has the VLMo as `model`. What is frozen has requires_grad False, all else
+            must take part in every step.
+        name: of the stage or task, for the model's config.json.
         recipe: how.
-        tokenizer: of the texts; None in the vision stage.
+        prepare: (batch, number of the step) to what `module` takes, on the device.
         device: of this process.
     """
 
     def __init__(
-        self, model: VLMo, stage: str, recipe: Recipe, tokenizer: Tokenizer | None, device: torch.device | str = "cpu"
-    ) -> None:
-        self.model, self.stage, self.recipe, self.tokenizer = model, stage, recipe, tokenizer
+        self, module: nn.Module, name: str, recipe: Recipe, prepare: Callable[[object, int], object],
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self.model, self.name, self.recipe, self.prepare = module.model, name, recipe, prepare
         self.device = torch.device(device)
-        set_trainable(model, stage)
-        self.module = Pretraining(model, stage, recipe.recompute, recipe.impl).to(self.device).train()
+        self.module = module.to(self.device).train()
         self.alone: list[nn.Parameter] = []  # what FSDP does not handle
         self.wrapped = self._wrap()
-        groups, self.lr_scales = parameter_groups(self.module, recipe, model.config.depth)
+        groups, self.lr_scales = parameter_groups(self.module, recipe, self.model.config.depth)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=1e-8, fused=True)
         self.step = 0
 
     def _wrap(self) -> nn.Module:
-        if self.recipe.compile:
-            for block in self.model.transformer.blocks:
-                # All blocks share one cache of 8 graphs: with row counts fixed it would be full after one step.
-                block.forward_packed = torch.compile(block.forward_packed, dynamic=True)
         if world_size() == 1:
             return self.module
         if self.recipe.strategy == "ddp":
@@ -152,14 +156,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ one step
 
-    def run_step(self, batches: list[Batch]) -> dict[str, Tensor]:
+    def run_step(self, batches: list[object]) -> dict[str, Tensor]:
         """One optimizer step over `recipe.accumulate` batches of this process; losses, and "grad_norm"."""
+        # What modules draw by themselves, in fine-tuning, follows from seed and step as well: also after a restart.
+        torch.manual_seed(counter.key(self.recipe.seed, self.step, f"process {rank()}"))
         totals: dict[str, Tensor] = {}
         share = 1.0 / len(batches)
         for i, batch in enumerate(batches):
-            inputs = prepare(
-                self.stage, batch, self.model.config, self.tokenizer, self.recipe.seed, self.step, self.device
-            )
+            inputs = self.prepare(batch, self.step)
             with self._synchronised(i == len(batches) - 1):
                 losses = self._forward(inputs)
                 (losses["loss"] * share).backward()
@@ -181,7 +185,7 @@ class Trainer:
         self.step += 1
         return totals | {"grad_norm": norm}
 
-    def _forward(self, inputs: Inputs) -> dict[str, Tensor]:
+    def _forward(self, inputs: object) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return self.wrapped(inputs)
 
@@ -196,12 +200,14 @@ class Trainer:
     # ------------------------------------------------------------------ a run
 
     def fit(
-        self, data: Data, out: Path, resume: bool = False, progress: Callable[[dict[str, float]], None] | None = None
-    ) -> dict[str, float]:
+        self, data: Data, out: Path, resume: bool = False, progress: Callable[[dict[str, float]], None] | None = None,
+        beside: Callable[[], None] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Train to `recipe.steps`; returns the last line of the log.
 
         out: gets `log.jsonl`, `snapshots/`, and at the end `model.safetensors` and `config.json`. resume: go on
-        from the newest snapshot, if there is one. progress: called with every line of the log.
+        from the newest snapshot, if there is one. progress: called with every line of the log. beside: called by
+        process 0 when nothing speaks against the run any more, to write what else belongs into `out`.
         """
         out.mkdir(parents=True, exist_ok=True)
         log = out / "log.jsonl"
@@ -212,12 +218,14 @@ class Trainer:
             extra = newest_extra(out)
             if extra is not None:
                 self._check_same_run(extra)
+                data.load_state_dict(extra["data"])
                 load_snapshot(out, self.module, self.optimizer)
                 self.step = extra["step"]
-                data.load_state_dict(extra["data"])
         if rank() == 0:
             kept = [line for line in _lines(log) if resume and json.loads(line)["step"] <= self.step]
             write_atomically(log, "".join(line + "\n" for line in kept))
+            if beside is not None:
+                beside()
         stream, line = iter(data), {}
         started, since = time.perf_counter(), self.step
         while self.step < self.recipe.steps:
@@ -247,14 +255,14 @@ class Trainer:
                     progress(line)
             if to_save:
                 self.save(out, data)
-        save_model(out, self.module, self.model.config, self.stage)
+        save_model(out, self.module, self.model.config, self.name)
         return line
 
     def save(self, out: Path, data: Data) -> None:
         """A snapshot of now."""
         states = gather_object(data.state_dict())
         extra = {
-            "stage": self.stage,
+            "stage": self.name,
             "seed": self.recipe.seed,
             "config": asdict(self.model.config),
             "data": data.merge_states(states),
@@ -262,7 +270,7 @@ class Trainer:
         save_snapshot(out, self.step, self.module, self.optimizer, extra)
 
     def _check_same_run(self, extra: dict[str, object]) -> None:
-        for name, value in (("stage", self.stage), ("seed", self.recipe.seed)):
+        for name, value in (("stage", self.name), ("seed", self.recipe.seed)):
             if extra[name] != value:
                 raise ValueError(
                     f"train: a run is resumed with its own {name}, {extra[name]!r} in the snapshot, got {value!r}. "
@@ -278,6 +286,26 @@ class Trainer:
             )
 
 
+def stage_trainer(
+    model: VLMo, stage: str, recipe: Recipe, tokenizer: Tokenizer | None, device: torch.device | str = "cpu"
+) -> Trainer:
+    """For one stage of one model with the configuration of `stage_config`, trained in place.
+
+    stage: one of `objectives.STAGES`. tokenizer: of the texts; None in the vision stage.
+    """
+    set_trainable(model, stage)
+    module = Pretraining(model, stage, recipe.recompute, recipe.impl)
+    if recipe.compile:
+        for block in model.transformer.blocks:
+            # All blocks share one cache of 8 graphs: with row counts fixed it would be full after one step.
+            block.forward_packed = torch.compile(block.forward_packed, dynamic=True)
+
+    def ready(batch: Batch, step: int) -> Inputs:
+        return prepare(stage, batch, model.config, tokenizer, recipe.seed, step, device)
+
+    return Trainer(module, stage, recipe, ready, device)
+
+
 def build_stage(
     config: VLMoConfig, stage: str, start: str | os.PathLike[str] | None, seed: int
 ) -> tuple[VLMo, StageReport | None]:
@@ -287,13 +315,14 @@ def build_stage(
     return model, None if start is None else start_from(model, start, stage)
 
 
-def parameter_groups(module: Pretraining, recipe: Recipe, depth: int) -> tuple[list[dict], list[float]]:
+def parameter_groups(module: nn.Module, recipe: Recipe, depth: int) -> tuple[list[dict], list[float]]:
     """AdamW's groups of what trains, and the learning rate of each over the recipe's."""
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decay = recipe.weight_decay if decays(name, parameter) else 0.0
             scale = recipe.layer_decay ** (depth + 1 - _layer(name, depth))
+            scale *= HEAD_LR if "_classifier." in name else 1.0
             grouped.setdefault((decay, scale), []).append(parameter)
     groups = [{"params": parameters, "weight_decay": decay} for (decay, _), parameters in grouped.items()]
     return groups, [scale for _, scale in grouped]
@@ -331,6 +360,14 @@ def averaged(losses: dict[str, Tensor]) -> dict[str, float]:
     names = list(losses)
     values = gather(torch.stack([losses[name].float() for name in names])[None]).mean(0)
     return dict(zip(names, values.tolist(), strict=True))
+
+
+def check_out(who: str, out: Path, resume: bool) -> None:
+    """Refuse a folder that holds a run, unless that is to go on."""
+    log = out / "log.jsonl"  # empty if the run failed before its first line
+    begun = log.is_file() and log.stat().st_size > 0 or bool(snapshots(out))
+    if begun and not resume:
+        raise ValueError(f"{who}: --out must be a new folder, {out} holds a run. Hint: --resume goes on with it.")
 
 
 def _lines(path: Path) -> list[str]:

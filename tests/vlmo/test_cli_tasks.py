@@ -1,6 +1,7 @@
 """`vlmo embed`, `retrieve`, `finetune` and `evaluate`, end to end on a tiny model."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -118,8 +119,17 @@ def test_evaluate_retrieval(run, tmp_path, capsys):
 def test_finetune_then_evaluate(task, run, tmp_path, capsys):
     out, figures, predictions = tmp_path / "tuned", tmp_path / "f.json", tmp_path / "p.json"
     data = ("--task", task, "--data", "shapes:64")
-    assert vlmo("finetune", *data, "--model", run, "--out", out, "--steps", 4, "--batch-size", 8, "--lr", 1e-3) == 0
-    assert len((out / "log.jsonl").read_text().splitlines()) == 4
+    few = ("--steps", 4, "--batch-size", 8, "--lr", 1e-3, "--log-every", 1, "--save-every", 2)
+    assert vlmo("finetune", *data, "--model", run, "--out", out, *few) == 0
+    log = (out / "log.jsonl").read_text().splitlines()
+    assert len(log) == 4
+    # Killed after the second step, it goes on as if nothing had been.
+    shutil.rmtree(out / "snapshots" / "step-00000004")
+    assert vlmo("finetune", *data, "--model", run, "--out", out, *few) == 2
+    assert "must be a new folder" in capsys.readouterr().err
+    assert vlmo("finetune", *data, "--model", run, "--out", out, *few, "--resume") == 0
+    again = (out / "log.jsonl").read_text().splitlines()
+    assert again[:2] == log[:2] and [json.loads(a)["loss"] for a in again] == [json.loads(a)["loss"] for a in log]
     wanted = ("--model", out, "--out", figures, "--predictions", predictions)
     assert vlmo("evaluate", "--task", task, "--data", "shapes:30:heldout", *wanted) == 0
     result = json.loads(figures.read_text())
@@ -130,6 +140,12 @@ def test_finetune_then_evaluate(task, run, tmp_path, capsys):
         right = [str(shapes.statement(i, image_size=32, split="heldout").truth) == rows[i]["label"] for i in range(30)]
     assert result["examples"] == 30 and result["accuracy"] == pytest.approx(sum(right) / 30)
     assert len(rows) == 30 and set(rows[0]) == ({"question_id", "answer"} if task == "vqa" else {"identifier", "label"})
+    # Nor does a call for another task touch anything of it.
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    other = ("--task", "nlvr2" if task == "vqa" else "vqa", "--data", "shapes:64", "--model", run, "--out", out)
+    assert vlmo("finetune", *other, *few, "--resume") == 2
+    assert "resumed with its own stage" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     # A model of another task is refused, and the pre-trained one has no classifier.
     assert vlmo("evaluate", *data, "--model", run) == 2
     assert "must be fine-tuned" in capsys.readouterr().err
@@ -238,6 +254,7 @@ def test_the_text_length_is_that_of_the_positions():
         (("evaluate", "--task", "retrieval", "--data", "shapes:9", "--model", "CUT"), "load_config: "),
         (("finetune", "--task", "vqa", "--data", "a.json", "--model", "RUN", "--out", "o"), "there must be --images"),
         (("finetune", "--task", "vqa", "--data", "shapes:x", "--model", "RUN", "--out", "o"), "shapes:N"),
+        (("finetune", "--task", "nlvr2", "--data", "shapes:0", "--model", "RUN", "--out", "o"), "N at least 1"),
         (("evaluate", "--task", "retrieval", "--data", "shapes:9", "--model", "RUN", "--vocab", "none"), "vocabulary"),
     ],
 )

@@ -474,13 +474,18 @@ def test_a_source_without_a_good_sample_ends_with_a_message(tmp_path, tokenizer)
         ({"use": "both"}, "use must be one of"),
         ({"tokenizer": None}, "there must be a tokenizer"),
         ({"lanes": 3}, "batch_size must be a multiple of lanes"),
-        ({"world_size": 3}, "lanes must be a multiple of world_size"),
+        ({"world_size": 3}, "lanes must be a multiple of world_size.* Hint: a batch_size that 3 divides"),
         ({"rank": 1}, "rank must lie in 0..0"),
     ],
 )
 def test_bad_loader_arguments(options, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         loader_of(options.pop("tokenizer", tokenizer), **options)
+
+
+@pytest.mark.parametrize(("batch_size", "world", "lanes"), [(48, 2, 16), (48, 3, 48), (60, 3, 12), (96, 32, 32)])
+def test_there_are_lanes_for_every_process(batch_size, world, lanes, tokenizer):
+    assert loader_of(tokenizer, batch_size=batch_size, world_size=world).lanes == lanes
 
 
 def test_a_state_of_another_order_is_refused(tokenizer):
@@ -509,7 +514,7 @@ def test_tokenizer_round_trip_and_word_starts(tmp_path, tokenizer):
     assert starts[0].sum() == 4 and starts[2].sum() == 1
     assert not (starts & ((ids == tokenizer.sep_id) | (ids == tokenizer.pad_id))).any()
     assert tokenizer.decode(ids[0]) == "a small red circle"
-    with pytest.raises(FileNotFoundError, match="vocabulary file must exist"):
+    with pytest.raises(FileNotFoundError, match="the vocabulary must exist, got .*none.txt"):
         Tokenizer.load(tmp_path / "none.txt")
     (tmp_path / "bad.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="lacks"):

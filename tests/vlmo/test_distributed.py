@@ -16,19 +16,16 @@ from tests.common.numerics import assert_close_as_eager
 from tests.vlmo.training import CONFIG, loader, tokenizer
 from vlmo.pretrain import Run, run
 from vlmo.stages import stage_config
-from vlmo.train import Recipe, Trainer, build_stage
+from vlmo.train import Recipe, build_stage, stage_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LR, DROP = 6, 1e-3, 0.1
 
 
-def pretrain(out: Path, processes: int, *more: str) -> str:
-    """`vlmo pretrain`, with torchrun if there are several processes. Returns what it wrote to stderr."""
+def vlmo(processes: int, arguments: str, out: Path, *more: str) -> str:
+    """A command of `vlmo`, with torchrun if there are several processes. Returns what it wrote to stderr."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    arguments = (
-        f"vlmo.cli pretrain --config tiny --data shapes:400 --max-text-len 20 --batch-size 8 --steps {STEPS} "
-        f"--lr {LR} --drop-path {DROP} --log-every 1 --save-every 3"
-    )
+    arguments = f"vlmo.cli {arguments} --batch-size 8 --steps {STEPS} --lr {LR} --log-every 1 --save-every 3"
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), "-m", *arguments.split(), "--out", str(out), *more],
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"},
@@ -39,6 +36,11 @@ def pretrain(out: Path, processes: int, *more: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
+
+
+def pretrain(out: Path, processes: int, *more: str) -> str:
+    common = f"pretrain --config tiny --data shapes:400 --max-text-len 20 --drop-path {DROP}"
+    return vlmo(processes, common, out, *more)
 
 
 def curve(out: Path) -> torch.Tensor:
@@ -53,7 +55,7 @@ def one_process(dtype: torch.dtype) -> torch.Tensor:
     """The same run in this process."""
     config = replace(CONFIG, drop_path=DROP)
     model, _ = build_stage(config, "vision-language", None, 0)
-    ours = Trainer(model.to(dtype), "vision-language", Recipe(steps=STEPS, lr=LR), tokenizer())
+    ours = stage_trainer(model.to(dtype), "vision-language", Recipe(steps=STEPS, lr=LR), tokenizer())
     stream, rows = iter(loader("vision-language", 8, stage_config(config, "vision-language"))), []
     for _ in range(STEPS):
         given = next(stream)
@@ -94,3 +96,17 @@ def test_two_processes_in_the_other_stages(tmp_path: Path) -> None:
         one, two = (curve(folder) for folder in out)
         torch.testing.assert_close(one, two)
         start = ["--from", str(out[1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["retrieval", "vqa", "nlvr2"])
+def test_two_processes_fine_tune_as_one_and_one_resumes_from_two(task: str, tmp_path: Path) -> None:
+    """Without DropPath, which every process draws for itself here."""
+    pretrain(tmp_path / "start", 1, "--stage", "vision-language", "--drop-path", "0")
+    finetune = f"finetune --task {task} --model {tmp_path / 'start'} --data shapes:40"
+    for processes in (1, 2):
+        vlmo(processes, finetune, tmp_path / str(processes))
+    torch.testing.assert_close(curve(tmp_path / "1"), curve(tmp_path / "2"))
+    (tmp_path / "2/snapshots" / f"step-{STEPS:08d}").rename(tmp_path / "gone")
+    vlmo(1, finetune, tmp_path / "2", "--resume")
+    torch.testing.assert_close(curve(tmp_path / "1"), curve(tmp_path / "2"))

@@ -428,8 +428,12 @@ def test_a_file_that_was_cut_off_is_named(suffix: str, tmp_path) -> None:
     path = tmp_path / f"half.{suffix}"
     (torch.save if suffix == "pt" else save_file)({"weight": torch.ones(9999)}, path)
     path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(ValueError, match="the file must be whole, .*half.* cannot be read"):
+    with pytest.raises(ValueError, match="a whole torch or safetensors file must be there, .*half.* cannot be read"):
         load_checkpoint(tiny(), path)
+    path.write_bytes(b"no checkpoint at all")
+    with pytest.raises(ValueError, match="half.* cannot be read: .*copy or download it again") as error:
+        load_checkpoint(tiny(), path)
+    assert "weights_only" not in str(error.value)  # that advice is for checkpoints that hold more than tensors
 
 
 def test_checkpoint_of_longer_text_and_of_two_token_types() -> None:

@@ -16,8 +16,9 @@ from tests.vlmo.training import CONFIG, batch, objective, step_inputs, tokenizer
 from vlmo import counter
 from vlmo.data import Batch
 from vlmo.masking import mask_patches, mask_words
-from vlmo.objectives import Pretraining, contrastive_loss, sample_negatives
+from vlmo.objectives import Pretraining, contrastive_loss, prepare, sample_negatives
 from vlmo.packed import encode, make_plan
+from vlmo.stages import stage_config
 
 # ------------------------------------------------------------------ the counter
 
@@ -117,6 +118,14 @@ def test_negatives_are_drawn_from_the_softmax_and_never_the_sample_itself() -> N
     expected = expected / expected.sum()
     share = torch.bincount(drawn, minlength=5)[:4] / n
     assert ((share - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+def test_negatives_are_sampled_without_asking_the_host() -> None:
+    """On meta there are no values: whoever wants one on the host fails."""
+    index = torch.arange(4, device="meta")
+    assert sample_negatives(torch.zeros(4, 4, device="meta"), index, index, 1).shape == (4,)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        index[0].item()
 
 
 def test_negatives_do_not_depend_on_the_order_of_the_candidates() -> None:
@@ -270,3 +279,31 @@ def test_drop_path_falls_on_halves_below_and_on_whole_samples_above() -> None:
         scales = torch.stack(_row_scales(draws, 0.25, plan.lower, plan, top))
         assert torch.equal((scales == 0.0).any(0), expected), (top, branch)
         assert set(scales.flatten().tolist()) <= {0.0, float(torch.tensor(1.0) / 0.75)}
+
+
+@pytest.mark.parametrize("stage", ["vision", "language", "vision-language"])
+def test_a_batch_goes_to_a_gpu_from_pinned_memory_and_nothing_waits(stage: str, monkeypatch) -> None:
+    """Without a GPU: what would be pinned and copied is recorded, and stays where it is."""
+    pinned, copied, waiting, to = set(), set(), [], torch.Tensor.to
+
+    def pin_memory(t: torch.Tensor) -> torch.Tensor:
+        pinned.add(id(t))
+        return t
+
+    def record(t: torch.Tensor, *args, non_blocking: bool = False, **options) -> torch.Tensor:
+        if args != ("cuda",):
+            return to(t, *args, non_blocking=non_blocking, **options)
+        copied.add(id(t))
+        waiting.extend([] if non_blocking else [t.shape])
+        return t
+
+    given, config = batch(4, stage), stage_config(CONFIG, stage)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    inputs = prepare(stage, given, config, tokenizer(), 0, 0, "cuda")
+    assert not waiting and copied == pinned
+    used = [inputs.batch.index, inputs.plan.source, inputs.plan.lower.rows, inputs.plan.last.row_of_token]
+    used += [inputs.patches] if stage == "vision" else [inputs.masked.position, inputs.batch.text_mask]
+    assert {id(t) for t in used} <= copied
+    offsets = inputs.plan.lower.host_offsets
+    assert offsets is None or offsets is inputs.plan.lower.group_offsets or id(offsets) not in copied

@@ -1,6 +1,8 @@
 """VQA and NLVR2: annotation files, classifiers, fine-tuning and evaluation."""
 
 import json
+import math
+import re
 from dataclasses import replace
 from itertools import islice
 
@@ -11,11 +13,12 @@ from PIL import Image
 from tests.common.numerics import assert_close_as_eager
 from vlmo import CONFIGS, shapes
 from vlmo.data import Loader
-from vlmo.downstream import ExampleBatches, FineTuning, VLMoForNLVR2, VLMoForVQA, evaluate, finetune
+from vlmo.downstream import ExampleBatches, FineTuning, VLMoForNLVR2, VLMoForVQA, evaluate, task_trainer
 from vlmo.model import VLMo
 from vlmo.sources import ShapesSource
 from vlmo.tasks import NLVR2, Example, ShapesQuestions, ShapesStatements, VQAv2, answer_classes, normalise_answer
 from vlmo.tokenizer import Tokenizer
+from vlmo.train import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -207,32 +210,149 @@ def test_evaluation_is_its_definition(config, tokenizer):
     assert figures["majority"] == pytest.approx(max(map(answers.count, answers)) / 50)
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2", "retrieval"])
-def test_fine_tuning_learns_a_few_examples_by_heart(task, config, tokenizer):
+def model_and_batches(task, config, tokenizer, count=8, batch_size=8):
+    """A fresh model whose parameters are large enough for its width, and endless batches of `count` examples."""
     torch.manual_seed(0)
     config = replace(config, layer_scale_init=None)
     if task == "retrieval":
         model = VLMo(config)
-        source = ShapesSource(shapes.dataset(8, image_size=32))
-        batches = Loader(source, tokenizer, batch_size=8, image_size=32, max_text_len=18)
+        source = ShapesSource(shapes.dataset(count, image_size=32))
+        batches = Loader(source, tokenizer, batch_size=batch_size, image_size=32, max_text_len=18)
     else:
-        examples = {"vqa": ShapesQuestions, "nlvr2": ShapesStatements}[task](8, image_size=32)
+        examples = {"vqa": ShapesQuestions, "nlvr2": ShapesStatements}[task](count, image_size=32)
         model = VLMoForVQA(config, len(examples.classes)) if task == "vqa" else VLMoForNLVR2(config)
-        batches = batches_of(examples, tokenizer)
+        batches = batches_of(examples, tokenizer, batch_size)
     with torch.no_grad():  # 0.02 is meant for a width of 768; at 32 nothing would come through
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5)
-    log = []
-    finetune(FineTuning(model, task), batches, steps=60, lr=2e-3, on_step=lambda step, losses: log.append(losses))
+    return model, batches
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+TASKS = pytest.mark.parametrize("task", ["vqa", "nlvr2", "retrieval"])
+
+
+@TASKS
+def test_fine_tuning_learns_a_few_examples_by_heart(task, config, tokenizer, tmp_path):
+    model, batches = model_and_batches(task, config, tokenizer)
+    recipe = Recipe(steps=60, lr=2e-3, warmup=6, clip=1.0, log_every=1)
+    task_trainer(model, task, recipe).fit(batches, tmp_path)
+    log = log_of(tmp_path)
     assert log[-1]["loss"] < 0.3 * log[0]["loss"] and log[-1]["accuracy"] > 0.8
-    assert not model.training
     if task != "retrieval":
-        figures, _ = evaluate(model, batches_of(examples, tokenizer))
+        figures, _ = evaluate(model, batches_of(batches.examples, tokenizer))
         assert figures["accuracy"] > 0.8 > figures["majority"]
 
 
-def test_fine_tuning_stops_at_what_it_cannot_learn_from(config, tokenizer):
+@TASKS
+@pytest.mark.parametrize("bias_table", [True, False], ids=["bias table", "absolute"])
+def test_what_a_task_uses_trains_and_nothing_else(task, bias_table, config, tokenizer):
+    model, batches = model_and_batches(task, replace(config, relative_position_bias=bias_table), tokenizer)
+    trainer = task_trainer(model, task, Recipe(steps=1))
+    every = [p.requires_grad_(True) for p in model.parameters()]
+    trainer.module(next(iter(batches)))["loss"].backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert reached == {name for name, p in model.named_parameters() if id(p) in optimised}
+    assert len(reached) < len(every)
+
+
+@TASKS
+def test_resumed_fine_tuning_continues_the_same_curve(task, config, tokenizer, tmp_path):
+    """With DropPath and dropout, and from the middle of a pass over the examples."""
+    config, recipe = replace(config, drop_path=0.1), Recipe(steps=6, lr=1e-3, warmup=1, log_every=1, save_every=2)
+    model, batches = model_and_batches(task, config, tokenizer, count=20)
+    task_trainer(model, task, recipe).fit(batches, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        if line["step"] == 3:
+            raise Stop
+
+    model, batches = model_and_batches(task, config, tokenizer, count=20)
+    with pytest.raises(Stop):
+        task_trainer(model, task, recipe).fit(batches, tmp_path / "part", progress=stop)
+    model, batches = model_and_batches(task, config, tokenizer, count=20)
+    with torch.no_grad():  # nothing of the initial state may matter
+        for p in model.parameters():
+            p.add_(1.0)
+    trainer = task_trainer(model, task, recipe)
+    # Frozen parameters are in the snapshot as well.
+    trainer.fit(batches, tmp_path / "part", resume=True)
+    curves = [[(r["step"], r["loss"], r["grad_norm"]) for r in log_of(tmp_path / name)] for name in ("whole", "part")]
+    assert curves[0] == curves[1] and len(curves[0]) == 6
+    if task != "retrieval":
+        other = batches_of(batches.examples, tokenizer, seed=1)
+        with pytest.raises(ValueError, match="seed must be what the state was saved with, 0, got 1"):
+            other.load_state_dict(batches.state_dict())
+
+
+class About:
+    """The statements of NLVR2's kind that speak of backgrounds: of one picture, or whether both have the same."""
+
+    classes = ShapesStatements.classes
+
+    def __init__(self, n, split):
+        self.all, self.numbers, i = ShapesStatements(10**6, 0, 32, split), [], 0
+        while len(self.numbers) < n:
+            facts = [shapes._described(number, 0, split)[1] for number in (2 * i, 2 * i + 1)]
+            text, _ = shapes._state(*facts, shapes._rng("statement", i, 0, split))  # without drawing
+            if re.search("background|picture is", text):
+                self.numbers.append(i)
+            i += 1
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        return self.all[self.numbers[i]]
+
+
+class OfOthers:
+    """The same questions, each with the pictures of the next: what is right here is right by guessing."""
+
+    def __init__(self, examples):
+        self.examples, self.classes = examples, examples.classes
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        return replace(self.examples[i], images=self.examples[(i + 1) % len(self)].images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["vqa", "nlvr2"])
+def test_fine_tuning_learns_to_look_at_pictures_it_has_not_seen(task, config, tokenizer, tmp_path, monkeypatch):
+    """From scratch, in half a minute: right about held-out pictures more often than chance and than without them."""
+    torch.manual_seed(0)
+    config = replace(
+        config, depth=2, vlffn_start=1, layer_scale_init=None, relative_position_bias=False, init_std=0.1, heads=(),
+        max_text_len=shapes.MAX_TOKENS,
+    )  # fmt: skip
+    if task == "vqa":
+        seen, new = (ShapesQuestions(n, 0, 32, split) for n, split in ((20_000, "train"), (1000, "heldout")))
+        model = VLMoForVQA(config, len(seen.classes))
+    else:
+        seen, new = About(8000, "train"), About(1000, "heldout")
+        model = VLMoForNLVR2(config)
+    monkeypatch.setattr("vlmo.train.HEAD_LR", 1.0)  # nothing is pre-trained, so nothing must be spared
+    recipe = Recipe(steps=300, lr=2e-3, warmup=30, clip=1.0, save_every=300)
+    task_trainer(model, task, recipe).fit(batches_of(seen, tokenizer, 64), tmp_path)
+    figures, blind = (evaluate(model, batches_of(e, tokenizer, 100))[0] for e in (new, OfOthers(new)))
+    for guess in (figures["majority"], blind["accuracy"]):
+        # Five standard errors of a difference of two shares: not once in a million by chance.
+        shares = (guess, figures["accuracy"])
+        assert shares[1] - shares[0] > 5 * math.sqrt(sum(p * (1 - p) for p in shares) / len(new))
+
+
+def test_fine_tuning_stops_at_what_it_cannot_learn_from(config, tokenizer, tmp_path):
     class Unanswered(ShapesStatements):
         def __getitem__(self, i):
             return replace(super().__getitem__(i), target={})
@@ -242,8 +362,9 @@ def test_fine_tuning_stops_at_what_it_cannot_learn_from(config, tokenizer):
     model = VLMoForNLVR2(config)
     with torch.no_grad():
         model.nlvr2_classifier[3].bias.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="the loss must be finite, it is nan at step 1"):
-        finetune(FineTuning(model, "nlvr2"), batches_of(ShapesStatements(8, image_size=32), tokenizer), steps=2)
+    batches = batches_of(ShapesStatements(8, image_size=32), tokenizer)
+    with pytest.raises(RuntimeError, match="must be finite, they are nan and nan at step 1"):
+        task_trainer(model, "nlvr2", Recipe(steps=2, log_every=1)).fit(batches, tmp_path)
 
 
 def test_the_processes_share_out_what_one_would_take(tokenizer, monkeypatch):

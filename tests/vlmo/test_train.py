@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from vlmo.data import Batch
 from vlmo.pretrain import Run, run
 from vlmo.snapshots import load_config, newest_extra, snapshots, write_atomically
 from vlmo.stages import set_trainable, stage_config, start_from
-from vlmo.train import Recipe, Trainer, build_stage, decays, parameter_groups
+from vlmo.train import Recipe, Trainer, build_stage, decays, parameter_groups, stage_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vision", "language", "vision-language")
@@ -31,7 +32,7 @@ STAGES = ("vision", "language", "vision-language")
 
 def trainer(stage: str, recipe: Recipe, config=CONFIG, start: Path | None = None) -> Trainer:
     model, _ = build_stage(config, stage, start, recipe.seed)
-    return Trainer(model, stage, recipe, tokenizer())
+    return stage_trainer(model, stage, recipe, tokenizer())
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -176,7 +177,7 @@ def test_three_stages_end_to_end(tmp_path: Path) -> None:
         out = tmp_path / stage
         recipe = Recipe(steps=steps, lr=3e-3, warmup=5, log_every=1, save_every=1000, clip=1.0)
         model, reports[stage] = build_stage(CONFIG, stage, start, 0)
-        Trainer(model, stage, recipe, tokenizer()).fit(loader(stage, 8), out)
+        stage_trainer(model, stage, recipe, tokenizer()).fit(loader(stage, 8), out)
         log = log_of(out)
         assert [line["step"] for line in log] == list(range(1, steps + 1))
         for name in {"mim", "mlm", "itc", "itm"} & log[0].keys():
@@ -247,6 +248,8 @@ def test_starting_is_strict() -> None:
     assert torch.equal(model.transformer.norm.weight, torch.ones(CONFIG.dim))  # nothing was copied
     with pytest.raises(ValueError, match="foreign: adapter.weight"):
         start_from(model, state | {"adapter.weight": torch.zeros(1)}, "vision-language")
+    with pytest.raises(ValueError, match="of the model's size, width 64 in 4 layers, it has 32 in 4. Hint: --config"):
+        start_from(VLMo(stage_config(replace(CONFIG, dim=64), "vision-language")), state, "vision-language")
     later = VLMo(stage_config(CONFIG, "vision-language")).state_dict()
     with pytest.raises(ValueError, match="foreign: .*mlp_vl"):
         start_from(VLMo(stage_config(CONFIG, "language")), later, "language")
@@ -330,6 +333,42 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.read_text() == "old"
 
 
+def test_a_save_that_fails_halfway_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(steps=2, save_every=2, lr=1e-3)
+    trainer("language", recipe).fit(loader("language", 8), tmp_path)
+    good = (tmp_path / "model.safetensors").read_bytes()
+
+    def half(path: Path) -> None:
+        path.write_bytes(good[: len(good) // 2])
+        raise OSError("no space left on device")
+
+    for name, fail in (
+        ("torch.distributed.checkpoint.save", lambda state, checkpoint_id: half(checkpoint_id / "__0_0.distcp")),
+        ("safetensors.torch.save_file", lambda state, path: half(path)),
+    ):
+        with monkeypatch.context() as context, pytest.raises(OSError, match="no space left"):
+            context.setattr(name, fail)
+            trainer("language", replace(recipe, steps=4)).fit(loader("language", 8), tmp_path, resume=True)
+        assert (tmp_path / "model.safetensors").read_bytes() == good
+        # The second time all snapshots are written, and the model is not.
+        assert newest_extra(tmp_path)["step"] == (2 if "checkpoint" in name else 4)
+    trainer("language", replace(recipe, steps=4)).fit(loader("language", 8), tmp_path, resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() != good
+
+
+@pytest.mark.parametrize("damaged", ["__0_0.distcp", ".metadata", "extra.json"])
+def test_a_damaged_snapshot_is_named_and_can_be_removed(damaged: str, tmp_path: Path) -> None:
+    recipe = Recipe(steps=4, save_every=2)
+    trainer("language", recipe).fit(loader("language", 8), tmp_path)
+    newest = snapshots(tmp_path)[-1]
+    (newest / damaged).write_bytes((newest / damaged).read_bytes()[:50])
+    with pytest.raises(ValueError, match="step-00000004' cannot be read: .*Hint: remove it"):
+        trainer("language", recipe).fit(loader("language", 8), tmp_path, resume=True)
+    shutil.rmtree(newest)
+    trainer("language", recipe).fit(loader("language", 8), tmp_path, resume=True)
+    assert newest_extra(tmp_path)["step"] == 4
+
+
 def options(out: Path, **changes: object) -> tuple[Run, Recipe]:
     """What the command below means."""
     given = Run("vision-language", out, data="shapes:400", config="tiny", max_text_len=20, drop_path=0.1, batch_size=8)
@@ -387,6 +426,10 @@ def test_bad_calls_are_one_line(tmp_path: Path) -> None:
         Recipe(steps=1, clip=-1.0)
     with pytest.raises(FileNotFoundError, match="--from must exist, got .*nowhere"):
         run(Run("language", tmp_path / "d", start=tmp_path / "nowhere"), Recipe(steps=1))
+    with pytest.raises(FileNotFoundError, match="the vocabulary must exist, got .*nowhere.txt'. Hint: --vocab"):
+        run(Run("language", tmp_path / "e", data=str(tmp_path), vocab=tmp_path / "nowhere.txt"), Recipe(steps=1))
+    with pytest.raises(ValueError, match="device: it must be cpu or cuda, got 'gpu'"):
+        run(Run("vision", tmp_path / "e", device="gpu"), Recipe(steps=1))
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="device: 'cuda' must be usable"):
             run(Run("vision", tmp_path / "e", device="cuda"), Recipe(steps=1))
@@ -421,7 +464,7 @@ def test_kernels_and_reference_train_alike_for_50_steps() -> None:
     def losses(dtype: torch.dtype, impl: str) -> torch.Tensor:
         recipe = Recipe(steps=50, lr=1e-3, warmup=5, impl=impl)
         model, _ = build_stage(CONFIG, "vision-language", None, 0)
-        ours = Trainer(model.to(dtype), "vision-language", recipe, tokenizer())
+        ours = stage_trainer(model.to(dtype), "vision-language", recipe, tokenizer())
         stream, values = iter(loader("vision-language", 8)), []
         for _ in range(50):
             given = next(stream)
