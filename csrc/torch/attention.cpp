@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "formats.h"
 #include "tasks.h"
 #include "vlmo_kernels/attention.h"
 #include "vlmo_kernels/cpu_isa.h"
@@ -14,7 +15,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using vlmo_kernels::Attention;
-using vlmo_kernels::Format;
+using vlmo_kernels::format_of;
 using vlmo_kernels::Rows;
 
 const vlmo_kernels::AttentionKernels& kernels() {
@@ -28,16 +29,6 @@ const vlmo_kernels::AttentionKernels& kernels() {
   }
 #endif
   return vlmo_kernels::attention_kernels_portable;
-}
-
-Format format_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return vlmo_kernels::FP32;
-    case ScalarType::BFloat16: return vlmo_kernels::BF16;
-    case ScalarType::Half: return vlmo_kernels::FP16;
-    default: STD_TORCH_CHECK(false, "attention: `", name, "` must be fp32, bf16 or fp16");
-  }
-  return vlmo_kernels::FP32;
 }
 
 Rows rows_of(const Tensor& t, const char* name, const Tensor& like, int64_t heads) {
@@ -62,7 +53,7 @@ Attention describe(
     const Tensor& rows, const Tensor& positions, bool causal, double scale) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "attention: `q` and `k` must be [T, H, Dh]");
   Attention a{};
-  a.format = format_of(q, "q");
+  a.format = format_of(q, "attention", "q");
   a.tokens = q.size(0);
   a.heads = q.size(1);
   a.head_dim = q.size(2);
@@ -111,7 +102,7 @@ Attention describe(
         bias->dim() == 3 && bias->size(0) == a.heads && bias->is_contiguous(), "attention: `bias` must be [", a.heads,
         ", N, N], contiguous");
     a.bias = bias->const_data_ptr();
-    a.bias_format = format_of(*bias, "bias");
+    a.bias_format = format_of(*bias, "attention", "bias");
     STD_TORCH_CHECK(
         a.bias_format == vlmo_kernels::FP32 || a.bias_format == a.format,
         "attention: `bias` must be fp32 or have the dtype of `q`");

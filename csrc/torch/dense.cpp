@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "formats.h"
 #include "tasks.h"
 #include "vlmo_kernels/cpu_isa.h"
 #include "vlmo_kernels/dense.h"
@@ -17,6 +18,7 @@ using torch::stable::Tensor;
 using vlmo_kernels::Activation;
 using vlmo_kernels::Dense;
 using vlmo_kernels::Format;
+using vlmo_kernels::format_of;
 using vlmo_kernels::Matrix;
 using vlmo_kernels::Panels;
 
@@ -29,21 +31,11 @@ const vlmo_kernels::DenseKernels& kernels() {
   return vlmo_kernels::dense_kernels_portable;
 }
 
-Format format_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return vlmo_kernels::FP32;
-    case ScalarType::BFloat16: return vlmo_kernels::BF16;
-    case ScalarType::Half: return vlmo_kernels::FP16;
-    default: STD_TORCH_CHECK(false, "dense: `", name, "` must be fp32, bf16 or fp16");
-  }
-  return vlmo_kernels::FP32;
-}
-
 Matrix matrix_of(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(
       t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (t.stride(1) == 1 || columns <= 1), "dense: `", name,
       "` must be [", rows, ", ", columns, "], its rows in one piece");
-  return {format_of(t, name), t.data_ptr(), t.stride(0)};
+  return {format_of(t, "dense", name), t.data_ptr(), t.stride(0)};
 }
 Matrix matrix_of(const std::optional<Tensor>& t, const char* name, int64_t rows, int64_t columns) {
   return t ? matrix_of(*t, name, rows, columns) : Matrix{};
@@ -110,7 +102,7 @@ void run(Dense& a) {
 void dense(
     Tensor x, Tensor panels, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> gamma,
     std::optional<Tensor> row_scale, std::optional<Tensor> residual, std::optional<Tensor> pre, Tensor y) {
-  Dense a = describe(x, panels, y, format_of(x, "x"));
+  Dense a = describe(x, panels, y, format_of(x, "dense", "x"));
   a.bias = vector_of(bias, "bias", a.n);
   a.activation = activation_of(activation);
   a.gamma = vector_of(gamma, "gamma", a.n);
@@ -135,7 +127,7 @@ Tensor add_up(const std::vector<float>& parts, int64_t count, int64_t width, con
 Tensor dense_backward(
     Tensor dy, std::optional<Tensor> gamma, Tensor panels, int64_t activation, std::optional<Tensor> pre,
     std::optional<Tensor> hidden, bool sums, Tensor dx) {
-  Dense a = describe(dy, panels, dx, format_of(dx, "dx"));
+  Dense a = describe(dy, panels, dx, format_of(dx, "dense", "dx"));
   a.backward = true;
   a.x_columns = vector_of(gamma, "gamma", a.k);
   a.activation = activation_of(activation);

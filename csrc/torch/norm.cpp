@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 
+#include "formats.h"
 #include "vlmo_kernels/cpu_isa.h"
 #include "vlmo_kernels/norm.h"
 
@@ -14,7 +15,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using vlmo_kernels::Format;
+using vlmo_kernels::format_of;
 using vlmo_kernels::Norm;
 
 const vlmo_kernels::NormKernels& kernels() {
@@ -23,16 +24,6 @@ const vlmo_kernels::NormKernels& kernels() {
   if (vlmo_kernels::isa() == vlmo_kernels::Isa::avx2) return vlmo_kernels::norm_kernels_avx2;
 #endif
   return vlmo_kernels::norm_kernels_portable;
-}
-
-Format format_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return vlmo_kernels::FP32;
-    case ScalarType::BFloat16: return vlmo_kernels::BF16;
-    case ScalarType::Half: return vlmo_kernels::FP16;
-    default: STD_TORCH_CHECK(false, "norm: tensors must be fp32, bf16 or fp16");
-  }
-  return vlmo_kernels::FP32;
 }
 
 void* rows_of(const Tensor& t, const char* name, const Tensor& like, bool contiguous) {
@@ -81,7 +72,7 @@ void forward(
     double eps, Tensor y, std::optional<Tensor> z, std::optional<Tensor> mean, Tensor rstd) {
   STD_TORCH_CHECK(residual.has_value() == z.has_value(), "norm: `z` belongs to `residual`");
   Norm a{};
-  a.format = format_of(x);
+  a.format = format_of(x, "norm", "x");
   a.x = rows_of(x, "x", x, false);
   a.rows = x.size(0);
   a.width = x.size(1);
@@ -106,7 +97,7 @@ void backward(
     Tensor dy, std::optional<Tensor> dz, Tensor z, std::optional<Tensor> weight, std::optional<Tensor> mean, Tensor rstd,
     bool one_plus, Tensor dx, std::optional<Tensor> dweight, std::optional<Tensor> dbias) {
   Norm a{};
-  a.format = format_of(z);
+  a.format = format_of(z, "norm", "z");
   a.x = rows_of(z, "z", z, false);
   a.rows = z.size(0);
   a.width = z.size(1);
@@ -130,7 +121,7 @@ void backward(
 
 Tensor column_sums(Tensor x) {
   STD_TORCH_CHECK(x.dim() == 2, "column_sums: `x` must be [R, N], got ", x.dim(), " dimensions");
-  vlmo_kernels::Sums a{format_of(x), x.size(0), x.size(1), x.stride(0), rows_of(x, "x", x, false), nullptr};
+  vlmo_kernels::Sums a{format_of(x, "norm", "x"), x.size(0), x.size(1), x.stride(0), rows_of(x, "x", x, false), nullptr};
   const int64_t sizes[] = {a.width}, blocks = vlmo_kernels::norm_blocks(a.rows);
   const Tensor out = torch::stable::new_empty(x, {sizes, 1}, std::make_optional(ScalarType::Float));
   const auto parts = floats(blocks * a.width);
