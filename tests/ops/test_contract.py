@@ -238,6 +238,20 @@ def test_autocast_keeps_the_residual_stream(name: str) -> None:
         assert all(t.grad.dtype == torch.float32 for t in leaves.values() if t.requires_grad)
 
 
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_autocast_changes_nothing_of_16_bit_operands(name: str) -> None:
+    """Inside an op fp32 stays fp32: autocast would cast the operands of its products back to 16 bits."""
+    case, problem = CASES["mixed_kinds"], PROBLEMS[name]
+    for impl in taken(name, torch.bfloat16):
+        leaves, found = problem.leaves(case, torch.bfloat16), []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                values, grads = problem.run(problem.ours, leaves, case, case.layout(), impl)
+            found.append([*values, *(grads[leaf] for leaf in sorted(grads))])
+        for plain, inside in zip(*found, strict=True):
+            assert plain.dtype == inside.dtype and torch.equal(plain, inside), impl
+
+
 def test_autocast_without_residual_gives_the_compute_dtype() -> None:
     layout = CASES["odd"].layout()
     x = torch.randn(layout.tokens, 8)

@@ -47,8 +47,7 @@ def sums_as_exactly() -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(32, 3072, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2))
-    with torch.autocast("cpu", enabled=False):
-        right, plain = x.double() @ w.double().T, F.linear(x, w)
+    right, plain = x.double() @ w.double().T, F.linear(x, w)
     found = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], None)
     return bool((found - right).square().mean() <= 1.25**2 * (plain - right).square().mean())
 
@@ -131,8 +130,7 @@ def weight_grads(
         return None, None
     if why_not(x.dtype) is not None:  # no instructions for these 16 bits: torch would be many times slower
         g, x = g.float(), x.float()
-    with torch.autocast("cpu", enabled=False):  # or it would undo the line above
-        unscaled = g.T @ x
+    unscaled = g.T @ x
     dw = (unscaled if gamma is None else unscaled * gamma[:, None]).to(weight.dtype)
     dots = (weight.float() * unscaled.float()).sum(1) if need_dots else None
     return (dw if need_dw else None), dots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -137,10 +138,23 @@ def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _outside_autocast(compute):
+    """What an op computes, with autocast off: the op has cast what it takes, and the rest is fp32 on purpose."""
+
+    @functools.wraps(compute)
+    def run(x: torch.Tensor, *args):
+        if not torch.is_autocast_enabled(x.device.type):
+            return compute(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return compute(x, *args)
+
+    return run
+
+
 def register(name: str, forward, meta, setup, autograd) -> None:
     """Give a defined op its implementation, fake and derivative."""
     qualified = f"vlmo_kernels::{name}"
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(forward)
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(_outside_autocast(forward))
     torch.library.register_fake(qualified)(meta)
     torch.library.register_autograd(qualified, autograd, setup_context=setup)
 
