@@ -4,9 +4,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <vector>
 
 #include "formats.h"
+#include "sums.h"
 #include "tasks.h"
 #include "vlmo_kernels/cpu_isa.h"
 #include "vlmo_kernels/dense.h"
@@ -73,15 +73,16 @@ Tensor pack_weight(Tensor w, bool swapped) {
 }
 
 // What forward and backward have in common.
-Dense describe(const Tensor& x, const Tensor& panels, const Tensor& y, Format format) {
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "dense: `x` and `y` must be matrices");
+Dense describe(
+    const Tensor& x, const char* x_name, const Tensor& panels, const Tensor& y, const char* y_name, Format format) {
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "dense: `", x_name, "` and `", y_name, "` must be matrices");
   Dense a{};
   a.format = format;
   a.rows = x.size(0);
   a.k = x.size(1);
   a.n = y.size(1);
-  a.x = matrix_of(x, "x", a.rows, a.k);
-  a.y = matrix_of(y, "y", a.rows, a.n);
+  a.x = matrix_of(x, x_name, a.rows, a.k);
+  a.y = matrix_of(y, y_name, a.rows, a.n);
   const bool bf16 = format == vlmo_kernels::BF16 && kernels().bf16;
   STD_TORCH_CHECK(
       panels.numel() == panel_elements(a.n, a.k) && panels.is_contiguous() &&
@@ -102,7 +103,7 @@ void run(Dense& a) {
 void dense(
     Tensor x, Tensor panels, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> gamma,
     std::optional<Tensor> row_scale, std::optional<Tensor> residual, std::optional<Tensor> pre, Tensor y) {
-  Dense a = describe(x, panels, y, format_of(x, "dense", "x"));
+  Dense a = describe(x, "x", panels, y, "y", format_of(x, "dense", "x"));
   a.bias = vector_of(bias, "bias", a.n);
   a.activation = activation_of(activation);
   a.gamma = vector_of(gamma, "gamma", a.n);
@@ -112,22 +113,10 @@ void dense(
   run(a);
 }
 
-// Column sums of `parts` [count, width] in order.
-Tensor add_up(const std::vector<float>& parts, int64_t count, int64_t width, const Tensor& like) {
-  const int64_t sizes[] = {width};
-  const Tensor out = torch::stable::new_empty(like, {sizes, 1}, std::make_optional(ScalarType::Float));
-  float* to = static_cast<float*>(out.mutable_data_ptr());
-  std::fill(to, to + width, 0.0f);
-  for (int64_t p = 0; p < count; ++p) {
-    for (int64_t i = 0; i < width; ++i) to[i] += parts[p * width + i];
-  }
-  return out;
-}
-
 Tensor dense_backward(
     Tensor dy, std::optional<Tensor> gamma, Tensor panels, int64_t activation, std::optional<Tensor> pre,
     std::optional<Tensor> hidden, bool sums, Tensor dx) {
-  Dense a = describe(dy, panels, dx, format_of(dx, "dense", "dx"));
+  Dense a = describe(dy, "dy", panels, dx, "dx", format_of(dx, "dense", "dx"));
   a.backward = true;
   a.x_columns = vector_of(gamma, "gamma", a.k);
   a.activation = activation_of(activation);
@@ -135,11 +124,13 @@ Tensor dense_backward(
   STD_TORCH_CHECK(pre || !hidden, "dense_backward: `hidden` needs `pre`");
   a.pre = matrix_of(pre, "pre", a.rows, a.n);
   a.hidden = matrix_of(hidden, "hidden", a.rows, a.n);
-  const int64_t count = sums ? vlmo_kernels::pieces(a.rows, vlmo_kernels::SUM_ROWS) : 0;
-  std::vector<float> parts(count * a.n);
-  a.sums = sums ? parts.data() : nullptr;
+  const int64_t pieces = vlmo_kernels::pieces(a.rows, vlmo_kernels::SUM_ROWS), width[] = {sums ? a.n : 0};
+  const auto parts = vlmo_kernels::floats(pieces * width[0]);
+  a.sums = sums ? parts.get() : nullptr;
   run(a);
-  return add_up(parts, count, sums ? a.n : 0, dx);
+  const Tensor total = torch::stable::new_empty(dx, {width, 1}, std::make_optional(ScalarType::Float));
+  vlmo_kernels::add_up(parts.get(), pieces, width[0], static_cast<float*>(total.mutable_data_ptr()));
+  return total;
 }
 
 }  // namespace

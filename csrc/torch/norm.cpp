@@ -3,28 +3,21 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <memory>
 #include <optional>
 
 #include "formats.h"
-#include "vlmo_kernels/cpu_isa.h"
-#include "vlmo_kernels/norm.h"
+#include "sums.h"
+#include "tasks.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using vlmo_kernels::add_up;
+using vlmo_kernels::floats;
 using vlmo_kernels::format_of;
 using vlmo_kernels::Norm;
-
-const vlmo_kernels::NormKernels& kernels() {
-#if defined(__x86_64__)
-  if (vlmo_kernels::isa() >= vlmo_kernels::Isa::avx512) return vlmo_kernels::norm_kernels_avx512;
-  if (vlmo_kernels::isa() == vlmo_kernels::Isa::avx2) return vlmo_kernels::norm_kernels_avx2;
-#endif
-  return vlmo_kernels::norm_kernels_portable;
-}
+using vlmo_kernels::norm_kernels;
 
 void* rows_of(const Tensor& t, const char* name, const Tensor& like, bool contiguous) {
   STD_TORCH_CHECK(
@@ -45,25 +38,12 @@ float* vector_of(const std::optional<Tensor>& t, const char* name, int64_t size)
   return t ? vector_of(*t, name, size) : nullptr;
 }
 
-std::unique_ptr<float[]> floats(int64_t n) { return std::unique_ptr<float[]>(new float[n]); }
-
 using Run = void (*)(const Norm&, int64_t, float*);
 
 void run(const Norm& a, Run kernel) {
-  torch::stable::parallel_for(0, vlmo_kernels::norm_blocks(a.rows), 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = floats(2 * (a.width + 16));
-    for (int64_t block = begin; block < end; ++block) kernel(a, block, scratch.get());
-  });
-}
-
-void add_up(const float* parts, int64_t blocks, int64_t width, float* out) {
-  const auto& kernel = kernels();
-  const int64_t step = vlmo_kernels::COLUMN_BLOCK;
-  if (blocks == 0) std::fill(out, out + width, 0.0f);
-  torch::stable::parallel_for(0, (width + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      kernel.add_blocks(parts, blocks, width, c * step, std::min(width, (c + 1) * step), out);
-    }
+  const size_t scratch = 2 * (a.width + 16) * sizeof(float);
+  vlmo_kernels::run_tasks(vlmo_kernels::norm_blocks(a.rows), scratch, [&](int64_t block, char* memory) {
+    kernel(a, block, reinterpret_cast<float*>(memory));
   });
 }
 
@@ -90,7 +70,7 @@ void forward(
   a.rstd = vector_of(rstd, "rstd", a.rows);
   a.one_plus = one_plus;
   a.eps = static_cast<float>(eps);
-  run(a, kernels().forward);
+  run(a, norm_kernels().forward);
 }
 
 void backward(
@@ -114,22 +94,20 @@ void backward(
   const auto weights = floats(dweight ? blocks * a.width : 0), biases = floats(dbias ? blocks * a.width : 0);
   a.dweight = dweight ? weights.get() : nullptr;
   a.dbias = dbias ? biases.get() : nullptr;
-  run(a, kernels().backward);
+  run(a, norm_kernels().backward);
   if (dweight) add_up(a.dweight, blocks, a.width, vector_of(*dweight, "dweight", a.width));
   if (dbias) add_up(a.dbias, blocks, a.width, vector_of(*dbias, "dbias", a.width));
 }
 
 Tensor column_sums(Tensor x) {
   STD_TORCH_CHECK(x.dim() == 2, "column_sums: `x` must be [R, N], got ", x.dim(), " dimensions");
-  vlmo_kernels::Sums a{format_of(x, "norm", "x"), x.size(0), x.size(1), x.stride(0), rows_of(x, "x", x, false), nullptr};
+  vlmo_kernels::Sums a{format_of(x, "column_sums", "x"), x.size(0), x.size(1), x.stride(0), rows_of(x, "x", x, false), nullptr};
   const int64_t sizes[] = {a.width}, blocks = vlmo_kernels::norm_blocks(a.rows);
   const Tensor out = torch::stable::new_empty(x, {sizes, 1}, std::make_optional(ScalarType::Float));
   const auto parts = floats(blocks * a.width);
   a.parts = parts.get();
-  const auto& kernel = kernels();
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) kernel.sum_block(a, block);
-  });
+  const auto& kernel = norm_kernels();
+  vlmo_kernels::run_tasks(blocks, 0, [&](int64_t block, char*) { kernel.sum_block(a, block); });
   add_up(a.parts, blocks, a.width, static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }

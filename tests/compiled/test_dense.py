@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -164,6 +166,50 @@ def test_same_bits_at_every_thread_count(dtype: torch.dtype, instructions: str) 
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("rows", (193, 1600))
+def test_the_largest_tile(rows: int, instructions: str) -> None:
+    """Tiles shrink until all threads have work; here one thread has enough, and the last tile is a rest both ways."""
+    layer, threads = Layer(rows, 770, 40), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        mine = layer.run(dense, "gelu")
+    finally:
+        torch.set_num_threads(threads)
+    right, eager = layer.to(torch.float64).run(Eager, "gelu"), layer.run(Eager, "gelu")
+    for name in mine:
+        assert_close_as_eager(mine[name], right[name], eager[name], name)
+
+
+def test_an_infinite_gradient_ends_at_a_closed_relu(instructions: str) -> None:
+    pre = torch.tensor([[-1.0, 0.0, -0.0, 2.0, torch.nan, -torch.nan]])
+    for value in (torch.inf, torch.nan, 2.0):
+        g = torch.full((1, 6), value)
+        dpre, _, _ = dense.activation_grad(g, torch.eye(6).mul(1.0), None, "relu", pre)
+        expected = onednn.activation_backward("relu", g @ torch.eye(6), pre)
+        assert torch.equal(dpre.isnan(), expected.isnan()) and torch.equal(dpre.nan_to_num(), expected.nan_to_num())
+
+
+def test_expanded_operands_and_empty_sides(instructions: str) -> None:
+    """A residual of one row for all, a contraction of nothing, and no columns."""
+    layer = Layer(70, 40, 30)
+    y, row = torch.empty(70, 40), torch.randn(40)
+    w = dense.prepare(layer.w, 70)
+    dense.forward_into(y, layer.x, w, None, residual=row.expand(70, 40))
+    assert_close_as_eager(y, row.double() + layer.x.double() @ layer.w.double().T, row + layer.x @ layer.w.T)
+    nothing = torch.empty(40, 0)
+    dense.forward_into(y, torch.empty(70, 0), dense.prepare(nothing, 70), row)
+    assert torch.equal(y, row.expand(70, 40))
+    dense.forward_into(torch.empty(70, 0), layer.x, dense.prepare(torch.empty(0, 30), 70), None)
+
+
+def test_threads_of_python_do_not_share_memory(instructions: str) -> None:
+    layers = [Layer(100, 60, 50, seed) for seed in range(8)]
+    alone = [layer.run(dense, "gelu") for layer in layers]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda layer: layer.run(dense, "gelu"), layers))
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(alone, together, strict=True) for name in a)
 
 
 def test_nan_stays_in_its_row(instructions: str) -> None:

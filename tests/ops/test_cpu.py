@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import vlmo_kernels as vk
 from tests.common.agreement import assert_problem_as_eager
 from tests.common.cases import CASES
+from tests.common.numerics import assert_close_as_eager
 from tests.common.problems import PROBLEMS, Problem, supported
 from vlmo_kernels.cpu import dense
 from vlmo_kernels.runtime import compiled
@@ -60,6 +63,37 @@ def test_norm_with_a_wider_residual(kind: str, dtype: torch.dtype) -> None:
         found.append([y, z, *(t.grad for t in leaves)])
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_a_residual_of_any_dtype(dtype: torch.dtype) -> None:
+    """The sum has the residual's dtype, and one of fp64 its digits."""
+    layout = vk.ModalityLayout.from_lengths({"text": 40, "image": 30})
+    x, w = torch.randn(70, 8), torch.randn(8, 8)
+    residual = (torch.randn(70, 8, dtype=torch.float64) * 1e3).to(dtype)
+    linear = vk.routed_linear(x, [w, w], None, layout, residual=residual)
+    ffn = vk.routed_ffn(x, [w, w], None, [w, w], None, layout, residual=residual)
+    for name, y, branch in (
+        ("linear", linear, lambda x, w: x @ w.T),
+        ("ffn", ffn, lambda x, w: F.gelu(x @ w.T) @ w.T),
+    ):
+        right = residual.double() + branch(x.double(), w.double())
+        assert_close_as_eager(y, right, (residual + branch(x, w)).to(dtype), name)
+
+
+def test_choosing_an_implementation_computes_nothing() -> None:
+    """Only metadata decides: under FakeTensorMode, as tools that trace a model use it, no value can be read."""
+    layout = vk.ModalityLayout.from_lengths({"text": 3})
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(torch.ones(3, 4))
+        assert vk.routed_linear(x, [torch.ones(2, 4)], None, layout).shape == (3, 2)
+
+
+def test_a_hidden_width_of_nothing() -> None:
+    layout = vk.ModalityLayout.from_lengths({"text": 3})
+    x, b2 = torch.randn(3, 4), torch.randn(4)
+    y = vk.routed_ffn(x, [torch.empty(0, 4)], None, [torch.empty(4, 0)], [b2], layout, residual=x)
+    torch.testing.assert_close(y, x + b2, rtol=0, atol=0)
 
 
 def test_a_prefix_may_be_a_view() -> None:

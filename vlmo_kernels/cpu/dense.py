@@ -43,6 +43,11 @@ def forward_into(
     residual: Optional = None,
     row_scale: Optional = None,
 ) -> None:
+    if out.dtype not in DTYPES:  # an fp64 residual: the branch in fp32, the sum in its own dtype
+        branch = out.new_empty(out.shape, dtype=torch.float32)
+        forward_into(branch, x, weight, bias, activation, pre, gamma, None, row_scale)
+        torch.add(residual, branch, out=out)
+        return
     compiled.cpu_ops().dense(
         _rows(x), weight, _wide(bias), ACTIVATIONS.index(activation), _wide(gamma), _wide(row_scale),
         _rows(residual), pre, out,

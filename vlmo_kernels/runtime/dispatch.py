@@ -107,7 +107,7 @@ def _explanation(request: Request, impl: str) -> Explanation:
     if impl != "auto":
         why = _WHY_NOT[impl](request)
         rejected = {name: "another was asked for" for name in IMPLEMENTATIONS if name != impl}
-        return Explanation(request.op, None, {impl: why}) if why else _chosen(request, impl, rejected)
+        return Explanation(request.op, None, {impl: why}) if why else Explanation(request.op, impl, rejected)
     rejected: dict[str, str] = {}
     # The interpreter proves kernels; it is far too slow to be anybody's default.
     candidates = ("triton",) if request.device.type != "cpu" else ("cpu", "reference")
@@ -117,16 +117,11 @@ def _explanation(request: Request, impl: str) -> Explanation:
             if why is None:
                 later = IMPLEMENTATIONS[IMPLEMENTATIONS.index(name) + 1 :]
                 rejected |= {other: f"{name} comes first" for other in later}
-                return _chosen(request, name, rejected)
+                return Explanation(request.op, name, rejected)
             rejected[name] = why
         else:
             rejected[name] = _WHY_NOT[name](request) or f"never chosen by itself on {request.device.type}"
     return Explanation(request.op, None, rejected)
-
-
-def _chosen(request: Request, name: str, rejected: dict[str, str]) -> Explanation:
-    how = getattr(load(request.op, name), "how", None) if name == "cpu" else None
-    return Explanation(request.op, name, rejected, how(request) if how else None)
 
 
 def select(request: Request, impl: str) -> str:
@@ -155,6 +150,14 @@ def _configurations(function, found: _Explained, args, kwargs) -> dict[str, str]
     problems = getattr(load(found.request.op, "triton"), "problems", None)
     known = problems(_by_name(function, args, kwargs), found.request.dtype) if problems else []
     return {str(problem): tables.source(problem, found.request.device) for problem in known}
+
+
+def _how(found: _Explained) -> str | None:
+    """What the CPU path computes with, where it has a choice."""
+    if found.explanation.chosen != "cpu":
+        return None
+    how = getattr(load(found.request.op, "cpu"), "how", None)
+    return how(found.request) if how else None
 
 
 def _by_name(function, args, kwargs) -> dict[str, object]:
@@ -195,7 +198,7 @@ def explain(op: str, *args, **kwargs) -> Explanation:
         getattr(ops, op)(*args, **kwargs)
     except _Explained as found:
         sources = _configurations(getattr(ops, op), found, args, kwargs) if found.explanation.chosen == "triton" else {}
-        return replace(found.explanation, configurations=sources)
+        return replace(found.explanation, how=_how(found), configurations=sources)
     finally:
         _explaining.reset(token)
     raise RuntimeError(f"explain: {op} asked for no implementation")

@@ -19,6 +19,8 @@ def frozen_weights(model: torch.nn.Module) -> Iterator[None]:
     contents are the same (a sharded Parameter keeps its identity and version while its values change at
     every step).
 
+    Under autocast there is nothing to keep: the GEMMs see a fresh cast of each weight, not the weight.
+
     Args:
         model: the module whose parameters are frozen.
 

@@ -9,6 +9,14 @@ namespace VLMO_LEVEL {
 
 static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 static inline vf vmin(vf a, vf b) { return -vmax(-a, -b); }
+// False for NaN.
+static inline Mask at_most_zero(vf x) {
+#if VLMO_AVX512
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_LE_OQ);
+#else
+  return x <= 0.0f;
+#endif
+}
 static inline Mask negative(vf x) { return less((vi)x, 0); }
 
 // 1 / x for x of ordinary size, within a rounding or two.
@@ -69,7 +77,7 @@ static inline vf activate(vf x, vf& slope) {
     return x * s;
   }
   if (kind == RELU) {
-    slope = select(less((vi)x, 1), vf{}, set1(1.0f));
+    if (derivative) slope = select(at_most_zero(x), vf{}, set1(1.0f));
     return vmax(vf{}, x);
   }
   slope = set1(1.0f);

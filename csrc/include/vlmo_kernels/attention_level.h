@@ -34,9 +34,6 @@ static void backward(const Attention& a, int64_t first, int64_t end, char* scrat
 
 }  // namespace VLMO_LEVEL
 
-#define VLMO_JOIN_(a, b) a##b
-#define VLMO_JOIN(a, b) VLMO_JOIN_(a, b)
-
 const AttentionKernels VLMO_JOIN(attention_kernels_, VLMO_LEVEL) = {VLMO_LEVEL::forward_scratch, VLMO_LEVEL::forward,
                                                                     VLMO_LEVEL::backward_scratch, VLMO_LEVEL::backward};
 

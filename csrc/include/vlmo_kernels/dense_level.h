@@ -3,8 +3,6 @@
 
 #include "activation.h"
 #include "dense.h"
-#include <initializer_list>
-
 #include "pack.h"
 
 namespace vlmo_kernels {
@@ -52,10 +50,8 @@ static inline void copy_in(const Matrix& x, const float* factors, int64_t row, i
     typedef typename Target<decltype(type)>::type T;
     for (int64_t r = 0; r < count; r++, to += stride) {
       const T* from = at<T>(x, row + r, column);
-      bool plain = false;
-      if constexpr (Same<T, E>::value || Same<E, float>::value) plain = !factors;
-      if (plain) {
-        if constexpr (Same<T, E>::value || Same<E, float>::value) copy_row(from, depth, to);
+      if (!factors && Same<T, E>::value) {
+        __builtin_memcpy((void*)to, from, depth * sizeof(E));
       } else {
         over_row(depth, [&](int64_t i, int lanes) {
           const vf v = load_some(from + i, lanes);
@@ -131,6 +127,7 @@ struct DenseTile {
     for (int64_t p = 0; p < depth || p == 0; p += DEPTH) {
       const int64_t padded = min_of(DEPTH, depth - p), real = max_of<int64_t>(0, min_of(DEPTH, a.k - p));
       copy_in<E>(a.x, a.x_columns, row, rows, p, real, padded, left, LEFT_ROW<E>);
+      // Rows that only fill the last step: their products are not used, but NaN or denormals left there cost time.
       for (int64_t r = rows; r < steps; r++) __builtin_memset((void*)(left + r * LEFT_ROW<E>), 0, padded * sizeof(E));
       const int64_t next = p + DEPTH, ahead = min_of(DEPTH, a.k - next);
       for (int64_t j = 0; j < width; j += G::width) {
@@ -139,8 +136,8 @@ struct DenseTile {
         if (ahead > 0) {
           prefetch(a.x, row, rows, next, ahead, j / G::width, width / G::width);
         } else {
-          for (const Matrix* m : {&a.residual, &a.pre, &a.y, &a.hidden})
-            prefetch(*m, row, rows, column, columns, j / G::width, width / G::width);
+          const Matrix* const around[] = {&a.residual, &a.pre, &a.y, &a.hidden};
+          for (const Matrix* m : around) prefetch(*m, row, rows, column, columns, j / G::width, width / G::width);
         }
       }
     }
@@ -148,10 +145,11 @@ struct DenseTile {
 
   void forward(int64_t r) {
     float* line = result + r * RESULT_ROW;
-    if (a.bias || a.pre.data) {
-      if (a.bias) each([&](int64_t i, int lanes) { put(line, i, lanes, get(line, i, lanes) + get(a.bias + column, i, lanes)); });
-      if (a.pre.data) write(a.pre, r, line);
-    }
+    if (a.bias)
+      each([&](int64_t i, int lanes) {
+        put(line, i, lanes, get(line, i, lanes) + get(a.bias + column, i, lanes));
+      });
+    if (a.pre.data) write(a.pre, r, line);
     if (a.activation != NO_ACTIVATION)
       with_activation(a.activation, [&](auto kind) {
         each([&](int64_t i, int lanes) {
@@ -183,10 +181,13 @@ struct DenseTile {
         const auto* pre = at<typename Target<decltype(type)>::type>(a.pre, row + r, column);
         with_activation(a.activation, [&](auto kind) {
           each([&](int64_t i, int lanes) {
+            constexpr Activation activation = decltype(kind)::value;
+            const vf x = get(pre, i, lanes), flow = get(line, i, lanes);
             vf slope;
-            const vf value = activate<decltype(kind)::value, true>(get(pre, i, lanes), slope);
+            const vf value = activate<activation, true>(x, slope);
             if (a.hidden.data) put(values, i, lanes, value);
-            put(line, i, lanes, get(line, i, lanes) * slope);
+            // as torch has it, an infinite gradient ends at a ReLU that is shut
+            put(line, i, lanes, activation == RELU ? select(at_most_zero(x), vf{}, flow) : flow * slope);
           });
         });
       });
@@ -242,11 +243,6 @@ static void dense_of(const Dense& a, int64_t task, char* scratch) {
 constexpr size_t DENSE_SCRATCH = sizeof(float) * ROWS * (RESULT_ROW + LEFT_ROW<float>);
 
 }  // namespace VLMO_LEVEL
-
-#ifndef VLMO_JOIN
-#define VLMO_JOIN_(a, b) a##b
-#define VLMO_JOIN(a, b) VLMO_JOIN_(a, b)
-#endif
 
 const DenseKernels VLMO_JOIN(dense_kernels_, VLMO_LEVEL) = {
     VLMO_LEVEL::DENSE_SCRATCH, sizeof(VLMO_LEVEL::DenseOperand) == 2, VLMO_LEVEL::pack_of, VLMO_LEVEL::dense_of};

@@ -132,11 +132,6 @@ static void sum_block_of(const Sums& a, int64_t block) {
 
 }  // namespace VLMO_LEVEL
 
-#ifndef VLMO_JOIN
-#define VLMO_JOIN_(a, b) a##b
-#define VLMO_JOIN(a, b) VLMO_JOIN_(a, b)
-#endif
-
 const NormKernels VLMO_JOIN(norm_kernels_, VLMO_LEVEL) = {VLMO_LEVEL::forward_of, VLMO_LEVEL::backward_of,
                                                           VLMO_LEVEL::sum_block_of, VLMO_LEVEL::add_blocks};
 

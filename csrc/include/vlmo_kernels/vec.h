@@ -11,6 +11,8 @@
 #ifndef VLMO_LEVEL
 #define VLMO_LEVEL portable
 #endif
+#define VLMO_JOIN_(a, b) a##b
+#define VLMO_JOIN(a, b) VLMO_JOIN_(a, b)
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"          // vectors are passed between inlined functions only
