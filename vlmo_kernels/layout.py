@@ -87,17 +87,13 @@ class ModalityLayout:
                 'Hint: {"text": [7, 3], "image": 197}'
             )
         if not lengths:
-            raise ValueError(
-                "ModalityLayout.from_lengths: `lengths` must name at least one modality, got none"
-            )
+            raise ValueError("ModalityLayout.from_lengths: `lengths` must name at least one modality, got none")
         names = modality_names(tuple(lengths))
         listed = {m: as_list(n) for m, n in lengths.items()}
         sizes = {len(n) for n in listed.values() if isinstance(n, list)}
         if len(sizes) > 1:
             given = {m: len(n) for m, n in listed.items() if isinstance(n, list)}
-            raise ValueError(
-                f"ModalityLayout.from_lengths: every modality must have one length per sample, got {given}"
-            )
+            raise ValueError(f"ModalityLayout.from_lengths: each modality must have one length per sample, got {given}")
         batch = sizes.pop() if sizes else 1
         if (found := plan_columns(listed, batch, names, starts)) is not None:
             return cls._from_host_tables(found, batch, names, device)
@@ -294,10 +290,13 @@ class ModalityLayout:
         Raises:
             ValueError: missing or unknown modalities, or sizes that do not fit.
         """
-        if set(parts) != set(self.modalities):
-            raise ValueError(
-                f"ModalityLayout.pack: `parts` must have exactly {self.modalities}, got {tuple(parts)}"
+        if not isinstance(parts, Mapping):
+            raise TypeError(
+                f"ModalityLayout.pack: `parts` must map modalities to tensors, got {type(parts).__name__}. "
+                "Hint: pack_padded takes one padded tensor"
             )
+        if set(parts) != set(self.modalities):
+            raise ValueError(f"ModalityLayout.pack: `parts` must have exactly {self.modalities}, got {tuple(parts)}")
         order = self._modality_rows()
         pieces, sources = [], []
         base = 0
@@ -321,6 +320,9 @@ class ModalityLayout:
             pieces.append(part)
             sources.append(index + base)
             base += part.shape[0]
+        widths = {name: tuple(piece.shape[1:]) for name, piece in zip(self.modalities, pieces, strict=True)}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"ModalityLayout.pack: all parts must have rows of one shape, got {widths}")
         live = torch.cat(pieces)[torch.cat(sources)]
         dead = live.new_zeros(self.tokens - live.shape[0], *live.shape[1:])
         return torch.cat([live, dead]) if len(dead) else live

@@ -123,6 +123,8 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str):
         raise TypeError(f"ModalityLayout: `modalities` must be a sequence of names, got the string {given!r}")
     names = tuple(given)
+    if not all(isinstance(n, str) for n in names):
+        raise TypeError(f"ModalityLayout: modality names must be strings, got {names}")
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"ModalityLayout: `modalities` must be distinct and not empty, got {names}")
     if any("." in n for n in names):

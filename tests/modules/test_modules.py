@@ -190,3 +190,16 @@ def test_encoder_names_what_is_wrong():
         MoMEEncoder(2, 16, 2, vl_start=9)
     with pytest.raises(ValueError, match=r"MoMEEncoder: `x` must be \[T, 16\], got \[7, 12\]"):
         MoMEEncoder(2, 16, 2)(torch.randn(7, 12), ModalityLayout.from_lengths({"text": 3, "image": 4}))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MoMEBlock(16, 2, drop_path=2.0), "`drop_path` must be a probability, 0 to 1, got 2.0"),
+        (lambda: MoMEBlock(16, 2, dropout=-1.0), "`dropout` must be a probability, 0 to 1, got -1.0"),
+        (lambda: MoMEEncoder(0, 16, 2), "`depth` must be at least 1, got 0"),
+    ],
+)
+def test_bad_numbers_are_named(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -20,6 +20,11 @@ def ids(*rows: list[int]) -> torch.Tensor:
 
 
 LAYOUT_ERRORS = {
+    "a name no string": (lambda: LAYOUT.from_lengths({0: [1]}), TypeError, r"names must be strings, got \(0,\)"),
+    "parts no mapping": (
+        lambda: L.pack(t(2, 5, 4)), TypeError, "`parts` must map modalities to tensors, got Tensor. Hint: pack_padded"),
+    "parts of two widths": (
+        lambda: L.pack({"text": t(3, 4), "image": t(6, 5)}), ValueError, r"rows of one shape, got \{'text': \(4,\)"),
     "no modality": (lambda: LAYOUT.from_lengths({}), ValueError, "`lengths` must name at least one modality"),
     "negative length": (
         lambda: LAYOUT.from_lengths({"text": [2, -1]}), ValueError, "lengths of 'text' must not be negative, got -1"),

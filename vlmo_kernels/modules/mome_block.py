@@ -50,6 +50,9 @@ class MoMEBlock(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        for name, rate in (("drop_path", drop_path), ("dropout", dropout)):
+            if not 0.0 <= rate <= 1.0:
+                raise ValueError(f"MoMEBlock: `{name}` must be a probability, 0 to 1, got {rate}")
         self.drop_path = drop_path
         self.norm1 = RoutedNorm(dim, ("shared",), eps=eps, impl=impl)
         self.attn = SharedAttention(dim, heads, dropout=dropout, impl=impl)
@@ -110,6 +113,8 @@ class MoMEEncoder(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        if depth < 1:
+            raise ValueError(f"MoMEEncoder: `depth` must be at least 1, got {depth}")
         if vl_start is not None and not 0 <= vl_start <= depth:
             raise ValueError(f"MoMEEncoder: `vl_start` must lie in 0..depth={depth} or be None, got {vl_start}")
         self.dim = dim

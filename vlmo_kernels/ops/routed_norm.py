@@ -64,6 +64,8 @@ def routed_norm(
     common.check_rows(op, "x", x, layout)
     if kind not in KINDS:
         raise ValueError(f"{op}: `kind` must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: `eps` must be zero or more, got {eps}")
     ws = common.per_expert(op, "weights", weights, len(weights) if isinstance(weights, Sequence) else 1)
     bs = common.per_expert(op, "biases", biases, len(ws))
     if not ws:
