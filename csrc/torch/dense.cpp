@@ -35,10 +35,22 @@ Matrix matrix_of(const Tensor& t, const char* name, int64_t rows, int64_t column
   STD_TORCH_CHECK(
       t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (t.stride(1) == 1 || columns <= 1), "dense: `", name,
       "` must be [", rows, ", ", columns, "], its rows in one piece");
-  return {format_of(t, "dense", name), t.data_ptr(), t.stride(0)};
+  return {format_of(t, "dense", name), t.data_ptr(), t.stride(0), false};
 }
-Matrix matrix_of(const std::optional<Tensor>& t, const char* name, int64_t rows, int64_t columns) {
-  return t ? matrix_of(*t, name, rows, columns) : Matrix{};
+
+// One of the matrices around a product, which have the format of its result.
+Matrix beside(const std::optional<Tensor>& t, const char* name, const Dense& a) {
+  if (!t) return {};
+  const Matrix m = matrix_of(*t, name, a.rows, a.n);
+  STD_TORCH_CHECK(m.format == a.y.format, "dense: `", name, "` must have the dtype of the result");
+  return m;
+}
+
+// For a result that is not read soon.
+void stream(Matrix& m, const Dense& a) {
+  const int64_t size = m.format == vlmo_kernels::FP32 ? 4 : 2;
+  const bool lines = reinterpret_cast<uintptr_t>(m.data) % 64 == 0 && m.row * size % 64 == 0;
+  m.streamed = lines && a.rows * a.n * size >= vlmo_kernels::STREAMED_BYTES;
 }
 
 const float* vector_of(const std::optional<Tensor>& t, const char* name, int64_t size) {
@@ -108,8 +120,9 @@ void dense(
   a.activation = activation_of(activation);
   a.gamma = vector_of(gamma, "gamma", a.n);
   a.row_scale = vector_of(row_scale, "row_scale", a.rows);
-  a.residual = matrix_of(residual, "residual", a.rows, a.n);
-  a.pre = matrix_of(pre, "pre", a.rows, a.n);
+  a.residual = beside(residual, "residual", a);
+  a.pre = beside(pre, "pre", a);
+  stream(a.pre, a);
   run(a);
 }
 
@@ -122,8 +135,10 @@ Tensor dense_backward(
   a.activation = activation_of(activation);
   STD_TORCH_CHECK(pre.has_value() == (activation != 0), "dense_backward: `pre` belongs to an activation");
   STD_TORCH_CHECK(pre || !hidden, "dense_backward: `hidden` needs `pre`");
-  a.pre = matrix_of(pre, "pre", a.rows, a.n);
-  a.hidden = matrix_of(hidden, "hidden", a.rows, a.n);
+  a.pre = beside(pre, "pre", a);
+  a.hidden = beside(hidden, "hidden", a);
+  stream(a.hidden, a);
+  if (hidden) stream(a.y, a);
   const int64_t pieces = vlmo_kernels::pieces(a.rows, vlmo_kernels::SUM_ROWS), width[] = {sums ? a.n : 0};
   const auto parts = vlmo_kernels::floats(pieces * width[0]);
   a.sums = sums ? parts.get() : nullptr;

@@ -145,6 +145,43 @@ def test_activations_alone(activation: str, instructions: str) -> None:
         assert_close_as_eager(dpre, right, eager, f"derivative of {activation}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("activation", dense.ACTIVATIONS[1:])
+def test_activations_of_every_16_bit_number(activation: str, dtype: torch.dtype, instructions: str) -> None:
+    """They are computed with fewer digits than fp32 has; that adds half a rounding at the most."""
+    z = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    z = z[z.abs() <= 6][:, None]
+    one, y = torch.ones(1, 1, dtype=dtype), torch.empty_like(z)
+    dense.forward_into(y, z, dense.prepare(one, len(z)), None, activation)
+    dpre, hidden, _ = dense.activation_grad(torch.ones_like(z), one, None, activation, z)
+    assert torch.equal(hidden, y)
+    leaf = z.double().requires_grad_()
+    value = onednn.activate(activation, leaf)
+    value.sum().backward()
+    limits = torch.finfo(dtype)
+    for got, right in ((y, value.detach()), (dpre, leaf.grad)):
+        # dot products of bf16 take denormals for zeros
+        allowed = (0.75 * limits.eps * right.abs()).clamp_min(limits.smallest_normal)
+        if got is dpre:  # a sum of two parts of either sign
+            allowed = allowed.clamp_min(limits.eps / 8)
+        assert ((got.double() - right).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_written_around_the_caches(dtype: torch.dtype, instructions: str) -> None:
+    """Large results for backward, in whole lines, are the same bits as the few rows that go through the caches."""
+    layer, few = Layer(2200, 992, 40).to(dtype), slice(2100, 2200)
+    y, pre = (torch.empty(2200, 992, dtype=dtype) for _ in range(2))
+    w = dense.prepare(layer.w, 2200)
+    dense.forward_into(y, layer.x, w, layer.bias, "gelu", pre)
+    large = dense.activation_grad(layer.x, layer.w.T.contiguous(), None, "gelu", pre)
+    small_y, small_pre = (torch.empty(100, 992, dtype=dtype) for _ in range(2))
+    dense.forward_into(small_y, layer.x[few], w, layer.bias, "gelu", small_pre)
+    small = dense.activation_grad(layer.x[few], layer.w.T.contiguous(), None, "gelu", small_pre)
+    assert pre.nbytes >= 2**22 and torch.equal(y[few], small_y) and torch.equal(pre[few], small_pre)
+    assert torch.equal(large[0][few], small[0]) and torch.equal(large[1][few], small[1])
+
+
 @pytest.mark.parametrize("module", [dense, onednn])
 def test_long_sums_are_as_exact_as_those_of_the_library(module, instructions: str) -> None:
     """K of VLMo's second layer: one long chain of additions would lose a digit more than a library's product."""
@@ -231,5 +268,7 @@ def test_bad_operands_are_named(instructions: str) -> None:
         OPS.dense(x, panels, None, 5, None, None, None, None, y)
     with pytest.raises(RuntimeError, match=r"`residual` must be \[4, 6\], its rows in one piece"):
         OPS.dense(x, panels, None, 0, None, None, torch.ones(6, 4).T, None, y)
+    with pytest.raises(RuntimeError, match=r"`residual` must have the dtype of the result"):
+        OPS.dense(x, panels, None, 0, None, None, y.half(), None, y)
     with pytest.raises(RuntimeError, match=r"`pre` belongs to an activation"):
         OPS.dense_backward(y, None, OPS.pack_weight(w, True), 1, None, None, False, x)

@@ -46,7 +46,10 @@ struct Matrix {
   Format format;
   void* data;
   int64_t row;
+  bool streamed;  // written around the caches, in whole lines: it is read when they have long been used for other things
 };
+// Results of this many bytes are streamed.
+constexpr int64_t STREAMED_BYTES = 4 << 20;
 
 // What a product reads as its right operand: the weight in panels, in the order and format of an instruction set.
 struct Panels {
@@ -64,7 +67,7 @@ struct Dense {
   const void* panels;
   Activation activation;
   const float *bias, *gamma, *row_scale;   // [n], [n], [rows], or null
-  Matrix residual, pre, hidden, y;         // [rows, n]; absent ones have no data
+  Matrix residual, pre, hidden, y;         // [rows, n], of one format; absent ones have no data
   bool backward;                           // `pre` is read, and `y` is what flows through it
   float* sums;                             // backward: column sums, [pieces of SUM_ROWS, n], or null
 };

@@ -117,7 +117,14 @@ struct DenseTile {
 
   void run() {
     multiply();
-    for (int64_t r = 0; r < rows; r++) a.backward ? backward(r) : forward(r);
+    with_format(a.y.format, [&](auto* type) {
+      with_activation(a.activation, [&](auto kind) {
+        typedef typename Target<decltype(type)>::type T;
+        for (int64_t r = 0; r < rows; r++)
+          a.backward ? backward<T, decltype(kind)::value>(r) : forward<T, decltype(kind)::value>(r);
+      });
+    });
+    stream_fence();
   }
 
  private:
@@ -137,85 +144,65 @@ struct DenseTile {
           prefetch(a.x, row, rows, next, ahead, j / G::width, width / G::width);
         } else {
           const Matrix* const around[] = {&a.residual, &a.pre, &a.y, &a.hidden};
-          for (const Matrix* m : around) prefetch(*m, row, rows, column, columns, j / G::width, width / G::width);
+          for (const Matrix* m : around)
+            if (!m->streamed) prefetch(*m, row, rows, column, columns, j / G::width, width / G::width);
         }
       }
     }
   }
 
+  // A row of one of the matrices around the product, from the tile's first column on.
+  template <class T>
+  struct Row {
+    T* p;
+    bool streamed;
+    Row(const Matrix& m, int64_t r, int64_t column)
+        : p(m.data ? (T*)m.data + r * m.row + column : nullptr), streamed(m.streamed) {}
+    explicit operator bool() const { return p; }
+    vf get(int64_t i, int lanes) const { return load_some(p + i, lanes); }
+    void put(int64_t i, int lanes, vf v) const {
+      if (streamed && lanes == W)
+        stream(p + i, v);
+      else
+        store_some(p + i, v, lanes);
+    }
+  };
+  const float* columns_of(const float* vector) const { return vector ? vector + column : nullptr; }
+
+  template <class T, Activation kind>
   void forward(int64_t r) {
-    float* line = result + r * RESULT_ROW;
-    if (a.bias)
-      each([&](int64_t i, int lanes) {
-        put(line, i, lanes, get(line, i, lanes) + get(a.bias + column, i, lanes));
-      });
-    if (a.pre.data) write(a.pre, r, line);
-    if (a.activation != NO_ACTIVATION)
-      with_activation(a.activation, [&](auto kind) {
-        each([&](int64_t i, int lanes) {
-          vf slope;
-          put(line, i, lanes, activate<decltype(kind)::value, false>(get(line, i, lanes), slope));
-        });
-      });
-    if (a.gamma || a.row_scale) {
-      const float factor = a.row_scale ? a.row_scale[row + r] : 1.0f;
-      each([&](int64_t i, int lanes) {
-        vf v = get(line, i, lanes) * factor;
-        if (a.gamma) v = v * get(a.gamma + column, i, lanes);
-        put(line, i, lanes, v);
-      });
-    }
-    if (a.residual.data)
-      with_format(a.residual.format, [&](auto* type) {
-        const auto* from = at<typename Target<decltype(type)>::type>(a.residual, row + r, column);
-        each([&](int64_t i, int lanes) { put(line, i, lanes, get(line, i, lanes) + get(from, i, lanes)); });
-      });
-    write(a.y, r, line);
+    const float *line = result + r * RESULT_ROW, *bias = columns_of(a.bias), *gamma = columns_of(a.gamma);
+    const float factor = a.row_scale ? a.row_scale[row + r] : 1.0f;
+    const Row<T> residual(a.residual, row + r, column), pre(a.pre, row + r, column), y(a.y, row + r, column);
+    over_row(columns, [&](int64_t i, int lanes) {
+      vf v = load_some(line + i, lanes), slope;
+      if (bias) v = v + load_some(bias + i, lanes);
+      if (pre) pre.put(i, lanes, v);
+      v = activate<kind, false, sizeof(T) == 4>(v, slope) * factor;
+      if (gamma) v = v * load_some(gamma + i, lanes);
+      if (residual) v = v + residual.get(i, lanes);
+      y.put(i, lanes, v);
+    });
   }
 
+  template <class T, Activation kind>
   void backward(int64_t r) {
-    float* line = result + r * RESULT_ROW;
-    float values[COLUMNS];
-    if (a.activation != NO_ACTIVATION)
-      with_format(a.pre.format, [&](auto* type) {
-        const auto* pre = at<typename Target<decltype(type)>::type>(a.pre, row + r, column);
-        with_activation(a.activation, [&](auto kind) {
-          each([&](int64_t i, int lanes) {
-            constexpr Activation activation = decltype(kind)::value;
-            const vf x = get(pre, i, lanes), flow = get(line, i, lanes);
-            vf slope;
-            const vf value = activate<activation, true>(x, slope);
-            if (a.hidden.data) put(values, i, lanes, value);
-            // as torch has it, an infinite gradient ends at a ReLU that is shut
-            put(line, i, lanes, activation == RELU ? select(at_most_zero(x), vf{}, flow) : flow * slope);
-          });
-        });
-      });
-    if (a.hidden.data) write(a.hidden, r, values);
-    if (a.sums) {
-      float* sums = a.sums + (row + r) / SUM_ROWS * a.n + column;
-      if (r % SUM_ROWS == 0) __builtin_memset(sums, 0, columns * sizeof(float));
-      each([&](int64_t i, int lanes) { put(sums, i, lanes, get(sums, i, lanes) + get(line, i, lanes)); });
-    }
-    write(a.y, r, line);
-  }
-
-  template <class Body>
-  inline void each(Body body) {
-    over_row(columns, body);
-  }
-  template <class T>
-  static inline vf get(const T* p, int64_t i, int lanes) {
-    return load_some(p + i, lanes);
-  }
-  template <class T>
-  static inline void put(T* p, int64_t i, int lanes, vf v) {
-    store_some(p + i, v, lanes);
-  }
-  void write(const Matrix& to, int64_t r, const float* line) {
-    with_format(to.format, [&](auto* type) {
-      auto* p = (decltype(type))to.data + (row + r) * to.row + column;
-      each([&](int64_t i, int lanes) { put(p, i, lanes, get(line, i, lanes)); });
+    const float* line = result + r * RESULT_ROW;
+    const Row<T> pre(a.pre, row + r, column), hidden(a.hidden, row + r, column), y(a.y, row + r, column);
+    float* sums = a.sums ? a.sums + (row + r) / SUM_ROWS * a.n + column : nullptr;
+    if (sums && r % SUM_ROWS == 0) __builtin_memset(sums, 0, columns * sizeof(float));
+    over_row(columns, [&](int64_t i, int lanes) {
+      vf flow = load_some(line + i, lanes);
+      if (kind != NO_ACTIVATION) {
+        const vf x = pre.get(i, lanes);
+        vf slope;
+        const vf value = activate<kind, true, sizeof(T) == 4>(x, slope);
+        if (hidden) hidden.put(i, lanes, value);
+        // as torch has it, an infinite gradient ends at a ReLU that is shut
+        flow = kind == RELU ? select(at_most_zero(x), vf{}, flow) : flow * slope;
+      }
+      if (sums) store_some(sums + i, load_some(sums + i, lanes) + flow, lanes);
+      y.put(i, lanes, flow);
     });
   }
 };

@@ -295,6 +295,22 @@ static inline void store_lanes(T* p, vf v, int from, int to) {
 }
 #endif
 
+// Writes around the caches; p is at the start of its vector. Followed by the fence before anybody reads.
+#if VLMO_AVX512
+static inline void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
+static inline void stream(bf16* p, vf v) { _mm256_stream_si256((__m256i*)p, bf16_bits(v)); }
+static inline void stream(fp16* p, vf v) {
+  _mm256_stream_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline void stream_fence() { _mm_sfence(); }
+#else
+template <class T>
+static inline void stream(T* p, vf v) {
+  store(p, v);
+}
+static inline void stream_fence() {}
+#endif
+
 // ------------------------------------------------------------------ rows
 
 // Calls body(i, lanes) for every vector of a row; the last may have fewer than W lanes.
