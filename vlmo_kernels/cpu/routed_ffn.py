@@ -36,7 +36,7 @@ def forward(
     for start, end, e in route.ranges():
         w = weights.expert(e)
         w1, w2, w_up = (None if t is None else backend().prepare(t, end - start) for t in (w.w1, w.w2, w.w_up))
-        step = _rows_at_once(hidden * x.element_size())
+        step = _rows_at_once(end - start, hidden * x.element_size())
         for first in range(start, end, step):
             rows = slice(first, min(end, first + step))
             h = x.new_empty(rows.stop - first, hidden)
@@ -88,10 +88,12 @@ def backward(
     return dx, FFNWeights(*(finish(g, t, n) for g, t, n in zip(grads, weights, need, strict=True)))
 
 
-def _rows_at_once(row_bytes: int) -> int:
-    """Rows whose hidden values stay in the cache from the first layer to the second: 8 MiB a thread."""
+def _rows_at_once(rows: int, row_bytes: int) -> int:
+    """Pieces of `rows`, about equal, whose hidden values stay in the cache until the second layer: 8 MiB a thread."""
     tile = 192  # rows of a compiled kernel's
-    return max(2**23 * torch.get_num_threads() // (tile * max(row_bytes, 1)), 1) * tile
+    most = max(2**23 * torch.get_num_threads() // (tile * max(row_bytes, 1)), 1)  # tiles
+    tiles = max(-(-rows // tile), 1)
+    return -(-tiles // -(-tiles // most)) * tile
 
 
 def _plain_backward(g, x, z, u, w: FFNWeights, need: FFNWeights, activation: str, eps: float, dx) -> FFNWeights:
