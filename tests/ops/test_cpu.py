@@ -69,8 +69,8 @@ def test_norm_with_a_wider_residual(kind: str, dtype: torch.dtype) -> None:
 def test_a_residual_of_any_dtype(dtype: torch.dtype) -> None:
     """The sum has the residual's dtype, and one of fp64 its digits."""
     layout = vk.ModalityLayout.from_lengths({"text": 40, "image": 30})
-    x, w = torch.randn(70, 8), torch.randn(8, 8)
-    residual = (torch.randn(70, 8, dtype=torch.float64) * 1e3).to(dtype)
+    x, w = torch.randn(70, 64), torch.randn(64, 64) / 8
+    residual = (torch.randn(70, 64, dtype=torch.float64) * 1e3).to(dtype)
     linear = vk.routed_linear(x, [w, w], None, layout, residual=residual)
     ffn = vk.routed_ffn(x, [w, w], None, [w, w], None, layout, residual=residual)
     for name, y, branch in (
