@@ -40,6 +40,17 @@ def test_ours_keep_the_rule_peers_may_be_a_little_less_exact_and_nobody_may_be_w
     assert found["broken"].skipped.startswith("failed: RuntimeError")
 
 
+def test_the_reason_is_said_and_not_only_announced():
+    def failing():
+        raise RuntimeError("backend raised:\nno such platform\nand much more")
+
+    expected, racing = contestants()
+    racing[1].forward, racing[2].missing = failing, "it needs a GPU"
+    found = {r.name: r for r in gate(racing, expected, "forward", "eager")}
+    assert found["coarse"].skipped == "failed: RuntimeError: backend raised: no such platform"
+    assert found["mistaken"].skipped == "not here: it needs a GPU" and found["mistaken"].verdict is None
+
+
 def test_every_round_runs_everybody_who_passed():
     expected, racing = contestants()
     found = gate(racing, expected, "forward", "eager")

@@ -30,6 +30,8 @@ class Contestant:
         leaf_values: by name, for leaves that are laid out differently.
         scope: a context manager the forward pass runs in.
         note: said beside the result.
+        missing: why it cannot run here; it is then named with that reason and not tried.
+        unseen_bytes: what it keeps for backward where autograd's hooks do not see it.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Contestant:
     leaf_values: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     note: str = ""
+    missing: str = ""
+    unseen_bytes: int = 0
 
 
 @dataclass
@@ -98,6 +102,9 @@ def gate(contestants: Sequence[Contestant], expected: dict[str, torch.Tensor], p
     for c in contestants:
         result = Result(c.name, note=c.note)
         found.append(result)
+        if c.missing:
+            result.skipped = f"not here: {c.missing}"
+            continue
         if pass_ == "training" and c.grad_out is None:
             result.skipped = "inference only"
             continue
@@ -105,7 +112,7 @@ def gate(contestants: Sequence[Contestant], expected: dict[str, torch.Tensor], p
             with c.scope():
                 actual = measure if c is base else results_of(c, pass_)
         except Exception as error:  # a contestant may need what is not here: a compiler, a kernel, memory
-            result.skipped = f"failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+            result.skipped = f"failed: {type(error).__name__}: {_first_words(error)}"
             continue
         result.verdict = judge_all(actual, expected, measure)
         if not result.verdict.ok and (c.name.startswith("ours") or not _only_less_exact(result.verdict)):
@@ -114,8 +121,14 @@ def gate(contestants: Sequence[Contestant], expected: dict[str, torch.Tensor], p
         if not result.verdict.ok:
             result.note = "; ".join(filter(None, (c.note, f"less exact than eager, {result.verdict.why}")))
         if pass_ == "training":
-            result.saved_bytes = saved_bytes(c.forward, c.leaves.values())
+            result.saved_bytes = saved_bytes(c.forward, c.leaves.values()) + c.unseen_bytes
     return found
+
+
+def _first_words(error: Exception) -> str:
+    """The first line, and the next where the first only announces it, as those of torch.compile do."""
+    lines = (str(error).strip() or "?").splitlines()
+    return " ".join(lines[: 2 if lines[0].rstrip().endswith(":") else 1])[:200]
 
 
 def _only_less_exact(verdict: Verdict) -> bool:
