@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from vlmo_kernels.modules import MoMEBlock
 
@@ -21,6 +22,29 @@ def attend_sdpa(q, k, v, mask, bias, scale: float) -> torch.Tensor:
     """The same through torch's fused attention, which wants bias and mask as one tensor."""
     added = bias.to(q.dtype)[None].masked_fill(~mask[:, None, None, :], float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
+
+
+def attend_xformers(q, k, v, mask, bias, scale: float) -> torch.Tensor:
+    """The same through xformers. Its packed form (`BlockDiagonalMask`) takes no bias: bias and mask are one tensor."""
+    from xformers.ops import memory_efficient_attention
+
+    # The kernel asks for rows that begin at multiples of 16 bytes: the tensor is written wider than it is handed over.
+    length = mask.shape[1]
+    wide = F.pad(bias.to(q.dtype), (0, -length % 8))
+    mask = F.pad(mask, (0, -length % 8))
+    added = torch.where(mask[:, None, None, :], wide, float("-inf"))[..., :length]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return memory_efficient_attention(q, k, v, attn_bias=added, scale=scale).transpose(1, 2)
+
+
+def attend_flex(qkv, bias, positions, block_mask) -> torch.Tensor:
+    """FlexAttention over a packed `[T, 3, H, Dh]`: the mask keeps samples apart, the bias is gathered by position."""
+
+    def score(s, b, h, i, j):
+        return s + bias[h, positions[i], positions[j]]
+
+    q, k, v = qkv.permute(1, 2, 0, 3)[:, None].unbind(0)
+    return flex_attention(q, k, v, score_mod=score, block_mask=block_mask)[0].transpose(0, 1)
 
 
 class PaddedBlock(nn.Module):
