@@ -3,7 +3,8 @@
     correctness   tests/gpu in several processes, and a short run under compute-sanitizer where it is installed
     tune          a few configurations of every launch; the table goes into the results and into the user's cache
     bench         every launch alone: rate, share of the GPU's ceiling, beside cuBLAS on the same shape
-    peers         block, FFN and attention against eager, SDPA, torch.compile, a cuBLAS loop and F.grouped_mm
+    peers         block, FFN and attention against eager, SDPA, torch.compile, a cuBLAS loop, F.grouped_mm,
+                  FlexAttention and, where it is installed, xformers
 
 Needs torch, Triton, numpy and pytest, no network and no installation. Each stage ends well within ten minutes and
 leaves its raw results in benchmarks/results/<gpu>/. `--device cpu` tries the stages themselves on the smallest input.
