@@ -20,7 +20,7 @@ def attend_published(q, k, v, mask, bias, scale: float) -> torch.Tensor:
 
 def attend_sdpa(q, k, v, mask, bias, scale: float) -> torch.Tensor:
     """The same through torch's fused attention, which wants bias and mask as one tensor."""
-    added = bias.to(q.dtype)[None].masked_fill(~mask[:, None, None, :], float("-inf"))
+    added = torch.where(mask[:, None, None, :], bias.to(q.dtype), float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
 
 
