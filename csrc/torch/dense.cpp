@@ -106,9 +106,10 @@ Dense describe(
 
 void run(Dense& a) {
   const auto& kernel = kernels();
-  a.tile = vlmo_kernels::tile_for(a.rows, a.n, torch::stable::get_num_threads());
+  const int64_t operand = a.format == vlmo_kernels::BF16 && kernel.bf16 ? 2 : 4;
+  a.tile = vlmo_kernels::tile_for(a.rows, a.n, a.k * operand, torch::stable::get_num_threads());
   vlmo_kernels::run_tasks(
-      vlmo_kernels::tasks_of(a.tile, a.rows, a.n), kernel.scratch,
+      vlmo_kernels::tasks_of(a.tile, a.rows, a.n), kernel.scratch(a),
       [&](int64_t task, char* scratch) { kernel.dense(a, task, scratch); });
 }
 

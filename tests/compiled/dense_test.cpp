@@ -29,7 +29,8 @@ template <class T>
 struct Buffer {
   int64_t row;
   std::vector<T> values;
-  Buffer(int64_t rows, int64_t columns, int64_t gap) : row(columns + gap), values(draw<T>((rows - 1) * row + columns)) {}
+  Buffer(int64_t rows, int64_t columns, int64_t gap)
+      : row(columns + gap), values(draw<T>((rows - 1) * row + columns)) {}
   double at(int64_t r, int64_t c) const { return level::to_float(values[r * row + c]); }
   Matrix matrix(Format format) { return {format, values.data(), row}; }
 };
@@ -41,9 +42,9 @@ static void check(double difference, double tolerance, const char* what, Format 
 }
 
 template <class Run>
-void all(int64_t tasks, Run run) {
+void all(int64_t tasks, size_t bytes, Run run) {
   std::unique_ptr<char, decltype(&std::free)> scratch(
-      static_cast<char*>(std::aligned_alloc(64, (kernels.scratch + 63) / 64 * 64)), &std::free);
+      static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)), &std::free);
   for (int64_t t = 0; t < tasks; ++t) run(t, scratch.get());
 }
 
@@ -51,7 +52,7 @@ std::vector<char> packed(const Matrix& w, bool swapped, int64_t n, int64_t k) {
   const bool narrow = w.format == BF16 && kernels.bf16;
   std::vector<char> panels(packed_size(n) * packed_size(k) * (narrow ? 2 : 4));
   const Panels to{w.format, n, k, panels.data()};
-  all(packed_size(swapped ? k : n) / 32, [&](int64_t task, char*) { kernels.pack(w, swapped, to, task); });
+  all(packed_size(swapped ? k : n) / 32, 0, [&](int64_t task, char*) { kernels.pack(w, swapped, to, task); });
   return panels;
 }
 
@@ -82,7 +83,7 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, Format format, double to
     a.residual = residual.matrix(format);
     a.pre = pre.matrix(format);
     a.y = y.matrix(format);
-    all(tasks_of(a.tile, rows, n), [&](int64_t t, char* scratch) { kernels.dense(a, t, scratch); });
+    all(tasks_of(a.tile, rows, n), kernels.scratch(a), [&](int64_t t, char* scratch) { kernels.dense(a, t, scratch); });
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < n; ++c) {
         double z = bias[c];
@@ -113,7 +114,7 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, Format format, double to
     a.hidden = hidden.matrix(format);
     a.y = dx.matrix(format);
     a.sums = sums.data();
-    all(tasks_of(a.tile, rows, n), [&](int64_t t, char* scratch) { kernels.dense(a, t, scratch); });
+    all(tasks_of(a.tile, rows, n), kernels.scratch(a), [&](int64_t t, char* scratch) { kernels.dense(a, t, scratch); });
     for (int64_t c = 0; c < n; ++c) {
       double total = 0;
       for (int64_t r = 0; r < rows; ++r) {
@@ -133,7 +134,7 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, Format format, double to
 int main() {
   const int64_t shapes[][3] = {{1, 1, 1}, {3, 33, 7}, {65, 40, 300}, {200, 17, 70}, {5, 800, 20}, {200, 800, 20}};
   for (const auto& s : shapes) {
-    for (const Tile tile : {LARGEST_TILE, tile_for(s[0], s[1], 8)}) {
+    for (const Tile tile : {LARGEST_TILE, tile_for(s[0], s[1], 4 * s[2], 8)}) {
       run<float>(s[0], s[1], s[2], tile, FP32, 1e-5);
       run<level::bf16>(s[0], s[1], s[2], tile, BF16, 2e-2);
       run<level::fp16>(s[0], s[1], s[2], tile, FP16, 2e-3);

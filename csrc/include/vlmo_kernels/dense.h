@@ -16,22 +16,24 @@ namespace vlmo_kernels {
 
 enum Activation { NO_ACTIVATION, GELU, GELU_TANH, RELU, SILU };
 
-// A task is a tile of the result; none is larger than this. Its depth is taken DEPTH at a time.
+// A task is a tile of the result.
 struct Tile {
   int64_t rows, columns;
 };
-constexpr Tile LARGEST_TILE = {192, 768};
-constexpr int64_t TILE_DEPTH = 256;
-// Sums over rows are formed in pieces of this size, whatever the tile is.
-constexpr int64_t SUM_ROWS = 64;
+// Sums over rows are formed in pieces of this size, and the rows of a tile are whole pieces.
+constexpr int64_t SUM_ROWS = 32;
+constexpr Tile LARGEST_TILE = {6 * SUM_ROWS, 768};
+// The rows of the left operand that a tile reads stay in a second-level cache.
+constexpr int64_t OPERAND_BYTES = 384 << 10;
 
 static inline int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 static inline int64_t tasks_of(Tile tile, int64_t rows, int64_t columns) {
   return pieces(rows, tile.rows) * pieces(columns, tile.columns);
 }
 // Large tiles read operands less often, small ones keep all threads busy. What is computed does not depend on it.
-static inline Tile tile_for(int64_t rows, int64_t columns, int64_t threads) {
+static inline Tile tile_for(int64_t rows, int64_t columns, int64_t row_bytes, int64_t threads) {
   Tile tile = LARGEST_TILE;
+  while (tile.rows > SUM_ROWS && tile.rows * row_bytes > OPERAND_BYTES) tile.rows -= SUM_ROWS;
   while (tasks_of(tile, rows, columns) < 8 * threads && (tile.columns > 256 || tile.rows > SUM_ROWS)) {
     if (tile.columns > 256)
       tile.columns -= 256;
@@ -46,7 +48,7 @@ struct Matrix {
   Format format;
   void* data;
   int64_t row;
-  bool streamed;  // written around the caches, in whole lines: it is read when they have long been used for other things
+  bool streamed;  // written around the caches, in whole lines: by the time it is read they hold other things
 };
 // Results of this many bytes are streamed.
 constexpr int64_t STREAMED_BYTES = 4 << 20;
@@ -76,8 +78,8 @@ struct Dense {
 static inline int64_t packed_size(int64_t side) { return (side + 31) / 32 * 32; }
 
 struct DenseKernels {
-  size_t scratch;  // bytes a thread needs, 64-byte aligned
-  bool bf16;       // whether bf16 operands stay bf16; otherwise panels hold fp32
+  size_t (*scratch)(const Dense&);  // bytes a thread needs, 64-byte aligned
+  bool bf16;                        // whether bf16 operands stay bf16; otherwise panels hold fp32
   // 32 rows of `w`, which is [n, k], or with `swapped` [k, n].
   void (*pack)(const Matrix& w, bool swapped, const Panels& to, int64_t task);
   void (*dense)(const Dense&, int64_t task, char* scratch);

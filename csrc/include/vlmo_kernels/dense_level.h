@@ -8,11 +8,13 @@
 namespace vlmo_kernels {
 namespace VLMO_LEVEL {
 
-constexpr int64_t ROWS = LARGEST_TILE.rows, COLUMNS = LARGEST_TILE.columns, DEPTH = TILE_DEPTH;
-// Rows of a tile are a cache line more than a power of two apart, or they would share a few sets of the cache.
-constexpr int64_t RESULT_ROW = COLUMNS + 16;
+// Weights are packed this much of the depth at a time.
+constexpr int64_t DEPTH = 256;
+// Copied rows are a cache line more than a power of two apart, or they would share a few sets of the cache.
 template <class E>
-constexpr int64_t LEFT_ROW = DEPTH + 64 / sizeof(E);
+static inline int64_t copied_row(int64_t k) {
+  return round_up(k, 64 / sizeof(E)) + 64 / sizeof(E);
+}
 
 // Calls body with a null pointer to the type of a format.
 template <class Body>
@@ -41,7 +43,7 @@ static inline const T* at(const Matrix& m, int64_t row, int64_t column) {
   return (const T*)m.data + row * m.row + column;
 }
 
-// `count` rows and `depth` columns of x from (row, column) on, each column times its factor, into `to`; rows of `to` are
+// `count` rows and `depth` columns of x from (row, column) on, each column times its factor, into `to`; its rows are
 // `stride` apart and zero from `depth` to `padded`.
 template <class E>
 static inline void copy_in(const Matrix& x, const float* factors, int64_t row, int64_t count, int64_t column,
@@ -63,12 +65,11 @@ static inline void copy_in(const Matrix& x, const float* factors, int64_t row, i
   });
 }
 
-// Asks for one of `slices` parts of a tile of m ahead of its turn: on its own a tile's first touch waits for memory.
-static inline void prefetch(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t slice,
-                            int64_t slices) {
-  if (!m.data) return;
-  const int64_t size = m.format == FP32 ? 4 : 2, end = rows * (slice + 1) / slices;
-  for (int64_t r = rows * slice / slices; r < end; r++) {
+// Asks for a tile of m ahead of its turn: on its own a tile's first touch waits for memory.
+static inline void prefetch(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  if (!m.data || m.streamed) return;
+  const int64_t size = m.format == FP32 ? 4 : 2;
+  for (int64_t r = 0; r < rows; r++) {
     const char* from = (const char*)m.data + ((row + r) * m.row + column) * size;
     for (int64_t b = 0; b < columns * size; b += 64) __builtin_prefetch(from + b, 0, 2);
   }
@@ -85,7 +86,7 @@ static inline void pack(const Matrix& w, bool swapped, const Panels& p, int64_t 
   E* to = (E*)p.data;
   for (int64_t c = 0; c < columns; c += DEPTH) {
     const int64_t real = min_of(DEPTH, columns - c), padded = packed_size(real);
-    prefetch(w, first, count, c + DEPTH, min_of(DEPTH, columns - c - DEPTH), 0, 1);
+    prefetch(w, first, count, c + DEPTH, min_of(DEPTH, columns - c - DEPTH));
     copy_in<E>(w, nullptr, first, count, c, real, padded, block, padded);
     __builtin_memset((void*)(block + count * padded), 0, (BLOCK - count) * padded * sizeof(E));
     if (swapped)
@@ -97,61 +98,69 @@ static inline void pack(const Matrix& w, bool swapped, const Panels& p, int64_t 
 
 // ------------------------------------------------------------------ forward, and the gradient of the input
 
+// A tile in blocks of a few rows and one panel. A block is summed over the whole depth in registers (fp32 in pieces,
+// see Gemm) and finished at once: nothing but the result is written. The block's rows are read where they are.
 template <class E>
 struct DenseTile {
   using G = Gemm<E>;
   const Dense& a;
   int64_t row, rows, column, columns;
-  E* left;       // [ROWS, LEFT_ROW], DEPTH of them used
-  float* result; // [ROWS, RESULT_ROW]
+  int64_t depth;        // a.k, in whole steps of the product
+  int64_t in_place;     // rows up to this one are read from a.x; the others from `copied`
+  E* copied;
+  float result[G::row_step * G::width];
 
-  DenseTile(const Dense& dense, int64_t task, char* scratch) : a(dense) {
+  DenseTile(const Dense& dense, int64_t task, char* scratch) : a(dense), copied((E*)scratch) {
     const int64_t tiles = pieces(a.rows, a.tile.rows);  // neighbouring tasks share a weight
     row = task % tiles * a.tile.rows;
     column = task / tiles * a.tile.columns;
     rows = min_of(a.tile.rows, a.rows - row);
     columns = min_of(a.tile.columns, a.n - column);
-    result = (float*)scratch;
-    left = (E*)(scratch + ROWS * RESULT_ROW * sizeof(float));
+    depth = round_up(a.k, G::depth_step);
   }
 
   void run() {
-    multiply();
+    copy_operand();
     with_format(a.y.format, [&](auto* type) {
       with_activation(a.activation, [&](auto kind) {
         typedef typename Target<decltype(type)>::type T;
-        for (int64_t r = 0; r < rows; r++)
-          a.backward ? backward<T, decltype(kind)::value>(r) : forward<T, decltype(kind)::value>(r);
+        const E* panel = (const E*)a.panels + column * packed_size(a.k);
+        for (int64_t j = 0; j < columns; j += G::width, panel += G::width * packed_size(a.k))
+          for (int64_t i = 0; i < rows; i += G::row_step) block<T, decltype(kind)::value>(i, j, panel);
       });
     });
     stream_fence();
   }
 
  private:
-  void multiply() {
-    const int64_t steps = round_up(rows, G::row_step), width = packed_size(columns), depth = packed_size(a.k);
-    const E* right = (const E*)a.panels + column * depth;
-    for (int64_t p = 0; p < depth || p == 0; p += DEPTH) {
-      const int64_t padded = min_of(DEPTH, depth - p), real = max_of<int64_t>(0, min_of(DEPTH, a.k - p));
-      copy_in<E>(a.x, a.x_columns, row, rows, p, real, padded, left, LEFT_ROW<E>);
-      // Rows that only fill the last step: their products are not used, but NaN or denormals left there cost time.
-      for (int64_t r = rows; r < steps; r++) __builtin_memset((void*)(left + r * LEFT_ROW<E>), 0, padded * sizeof(E));
-      const int64_t next = p + DEPTH, ahead = min_of(DEPTH, a.k - next);
-      for (int64_t j = 0; j < width; j += G::width) {
-        const E* panel = right + j * depth + p * G::width;
-        G::run(steps, G::width, padded, left, LEFT_ROW<E>, panel, 0, result + j, RESULT_ROW, p > 0);
-        if (ahead > 0) {
-          prefetch(a.x, row, rows, next, ahead, j / G::width, width / G::width);
-        } else {
-          const Matrix* const around[] = {&a.residual, &a.pre, &a.y, &a.hidden};
-          for (const Matrix* m : around)
-            if (!m->streamed) prefetch(*m, row, rows, column, columns, j / G::width, width / G::width);
-        }
-      }
-    }
+  // What cannot be read in place: other formats, scaled columns, a depth or a number of rows with a rest.
+  void copy_operand() {
+    in_place = 0;
+    with_format(a.x.format, [&](auto* type) {
+      if (Same<typename Target<decltype(type)>::type, E>::value && !a.x_columns && depth == a.k)
+        in_place = rows / G::row_step * G::row_step;
+    });
+    const int64_t count = rows - in_place, stride = copied_row<E>(a.k);
+    copy_in<E>(a.x, a.x_columns, row + in_place, count, 0, a.k, depth, copied, stride);
+    // Rows that only fill the last block: their products are not used, but NaN or denormals left there cost time.
+    for (int64_t r = count; r < round_up(count, G::row_step); r++)
+      __builtin_memset((void*)(copied + r * stride), 0, depth * sizeof(E));
   }
 
-  // A row of one of the matrices around the product, from the tile's first column on.
+  template <class T, Activation kind>
+  void block(int64_t i, int64_t j, const E* panel) {
+    const int64_t height = min_of<int64_t>(G::row_step, rows - i), width = min_of<int64_t>(G::width, columns - j);
+    const Matrix* const around[] = {&a.residual, &a.pre, &a.y, &a.hidden};
+    for (const Matrix* m : around) prefetch(*m, row + i, height, column + j, width);
+    const bool here = i < in_place;
+    const E* left = here ? at<E>(a.x, row + i, 0) : copied + (i - in_place) * copied_row<E>(a.k);
+    G::run(G::row_step, G::width, depth, left, here ? a.x.row : copied_row<E>(a.k), panel, 0, result, G::width, false);
+    for (int64_t r = 0; r < height; r++)
+      a.backward ? backward<T, kind>(i + r, j, width, result + r * G::width)
+                 : forward<T, kind>(i + r, j, width, result + r * G::width);
+  }
+
+  // A row of one of the matrices around the product, from a column on.
   template <class T>
   struct Row {
     T* p;
@@ -167,14 +176,15 @@ struct DenseTile {
         store_some(p + i, v, lanes);
     }
   };
-  const float* columns_of(const float* vector) const { return vector ? vector + column : nullptr; }
 
+  // `line` is row r of the product, `width` columns from column j of the tile on.
   template <class T, Activation kind>
-  void forward(int64_t r) {
-    const float *line = result + r * RESULT_ROW, *bias = columns_of(a.bias), *gamma = columns_of(a.gamma);
+  void forward(int64_t r, int64_t j, int64_t width, const float* line) {
+    const int64_t first = column + j;
+    const float *bias = a.bias ? a.bias + first : nullptr, *gamma = a.gamma ? a.gamma + first : nullptr;
     const float factor = a.row_scale ? a.row_scale[row + r] : 1.0f;
-    const Row<T> residual(a.residual, row + r, column), pre(a.pre, row + r, column), y(a.y, row + r, column);
-    over_row(columns, [&](int64_t i, int lanes) {
+    const Row<T> residual(a.residual, row + r, first), pre(a.pre, row + r, first), y(a.y, row + r, first);
+    over_row(width, [&](int64_t i, int lanes) {
       vf v = load_some(line + i, lanes), slope;
       if (bias) v = v + load_some(bias + i, lanes);
       if (pre) pre.put(i, lanes, v);
@@ -186,12 +196,12 @@ struct DenseTile {
   }
 
   template <class T, Activation kind>
-  void backward(int64_t r) {
-    const float* line = result + r * RESULT_ROW;
-    const Row<T> pre(a.pre, row + r, column), hidden(a.hidden, row + r, column), y(a.y, row + r, column);
-    float* sums = a.sums ? a.sums + (row + r) / SUM_ROWS * a.n + column : nullptr;
-    if (sums && r % SUM_ROWS == 0) __builtin_memset(sums, 0, columns * sizeof(float));
-    over_row(columns, [&](int64_t i, int lanes) {
+  void backward(int64_t r, int64_t j, int64_t width, const float* line) {
+    const int64_t first = column + j;
+    const Row<T> pre(a.pre, row + r, first), hidden(a.hidden, row + r, first), y(a.y, row + r, first);
+    float* sums = a.sums ? a.sums + (row + r) / SUM_ROWS * a.n + first : nullptr;
+    if (sums && r % SUM_ROWS == 0) __builtin_memset(sums, 0, width * sizeof(float));
+    over_row(width, [&](int64_t i, int lanes) {
       vf flow = load_some(line + i, lanes);
       if (kind != NO_ACTIVATION) {
         const vf x = pre.get(i, lanes);
@@ -227,11 +237,14 @@ static void dense_as(const Dense& a, int64_t task, char* scratch) {
 static void dense_of(const Dense& a, int64_t task, char* scratch) {
   a.format == BF16 ? dense_as<DenseOperand>(a, task, scratch) : dense_as<float>(a, task, scratch);
 }
-constexpr size_t DENSE_SCRATCH = sizeof(float) * ROWS * (RESULT_ROW + LEFT_ROW<float>);
+static size_t scratch_of(const Dense& a) {
+  return a.tile.rows * (a.format == BF16 ? copied_row<DenseOperand>(a.k) * sizeof(DenseOperand)
+                                         : copied_row<float>(a.k) * sizeof(float));
+}
 
 }  // namespace VLMO_LEVEL
 
 const DenseKernels VLMO_JOIN(dense_kernels_, VLMO_LEVEL) = {
-    VLMO_LEVEL::DENSE_SCRATCH, sizeof(VLMO_LEVEL::DenseOperand) == 2, VLMO_LEVEL::pack_of, VLMO_LEVEL::dense_of};
+    VLMO_LEVEL::scratch_of, sizeof(VLMO_LEVEL::DenseOperand) == 2, VLMO_LEVEL::pack_of, VLMO_LEVEL::dense_of};
 
 }  // namespace vlmo_kernels

@@ -17,6 +17,7 @@ template <>
 struct Gemm<float> {
   static constexpr int width = 2 * W;
   static constexpr int row_step = W == 16 ? 8 : 4;  // what the registers hold: row_step * 2 accumulators
+  static constexpr int depth_step = 1;
 
   static void open() {}
   static void close() {}
@@ -61,6 +62,7 @@ template <>
 struct Gemm<bf16> {
   static constexpr int width = 32;
   static constexpr int row_step = 16;
+  static constexpr int depth_step = 32;
 
   // Eight tiles of 16 rows of 64 bytes: 0 to 3 accumulate, 4 and 5 hold A, 6 and 7 hold B.
   static void open() {
@@ -147,6 +149,7 @@ template <>
 struct Gemm<bf16> {
   static constexpr int width = 32;
   static constexpr int row_step = 8;
+  static constexpr int depth_step = 2;
 
   static void open() {}
   static void close() {}
