@@ -1,8 +1,9 @@
-// vlmo_kernels_cpu::pack_weight, dense and dense_backward: shapes, strides and formats for the CPU kernels.
+// vlmo_kernels_cpu::pack_weight, dense, dense_backward and weight_grad: shapes, strides and formats for the CPU kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "formats.h"
@@ -66,22 +67,33 @@ Activation activation_of(int64_t index) {
   return static_cast<Activation>(index);
 }
 
+// Packed operands up to this size go into memory that is kept.
+constexpr size_t MOST_KEPT = 64 << 20;
+
 int64_t panel_elements(int64_t n, int64_t k) { return vlmo_kernels::packed_size(n) * vlmo_kernels::packed_size(k); }
 
-// `w` [n, k], or [k, n] with `swapped`, as the right operand of `x w'` or `x w`.
-Tensor pack_weight(Tensor w, bool swapped) {
+// `w` [n, k], or [k, n] with `swapped`, as the right operand of `x w'` or `x w`, into what `memory` returns for a
+// number of elements.
+template <class Memory>
+void pack(const Tensor& w, bool swapped, Memory memory) {
   STD_TORCH_CHECK(w.dim() == 2, "pack_weight: `w` must be a matrix, got ", w.dim(), " dimensions");
   const Matrix from = matrix_of(w, "w", w.size(0), w.size(1));
-  const auto& kernel = kernels();
-  const bool bf16 = from.format == vlmo_kernels::BF16 && kernel.bf16;
   Panels to{from.format, w.size(swapped ? 1 : 0), w.size(swapped ? 0 : 1), nullptr};
-  const int64_t sizes[] = {panel_elements(to.n, to.k)};
-  const auto type = std::make_optional(bf16 ? ScalarType::BFloat16 : ScalarType::Float);
-  const Tensor out = torch::stable::new_empty(w, {sizes, 1}, type);
-  to.data = out.mutable_data_ptr();
+  to.data = memory(panel_elements(to.n, to.k));
   const int64_t tasks = vlmo_kernels::packed_size(w.size(0)) / 32;
-  vlmo_kernels::run_tasks(tasks, 0, [&](int64_t task, char*) { kernel.pack(from, swapped, to, task); });
-  return out;
+  vlmo_kernels::run_tasks(tasks, 0, [&](int64_t task, char*) { kernels().pack(from, swapped, to, task); });
+}
+
+bool stays_bf16(Format format) { return format == vlmo_kernels::BF16 && kernels().bf16; }
+
+Tensor pack_weight(Tensor w, bool swapped) {
+  std::optional<Tensor> out;
+  pack(w, swapped, [&](int64_t elements) {
+    const auto type = stays_bf16(format_of(w, "pack_weight", "w")) ? ScalarType::BFloat16 : ScalarType::Float;
+    out = torch::stable::new_empty(w, {&elements, 1}, std::make_optional(type));
+    return out->mutable_data_ptr();
+  });
+  return *out;
 }
 
 // What forward and backward have in common.
@@ -95,10 +107,9 @@ Dense describe(
   a.n = y.size(1);
   a.x = matrix_of(x, x_name, a.rows, a.k);
   a.y = matrix_of(y, y_name, a.rows, a.n);
-  const bool bf16 = format == vlmo_kernels::BF16 && kernels().bf16;
   STD_TORCH_CHECK(
       panels.numel() == panel_elements(a.n, a.k) && panels.is_contiguous() &&
-          panels.scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float),
+          panels.scalar_type() == (stays_bf16(format) ? ScalarType::BFloat16 : ScalarType::Float),
       "dense: `panels` must be what pack_weight makes of a weight of ", a.n, " by ", a.k);
   a.panels = panels.const_data_ptr();
   return a;
@@ -106,8 +117,9 @@ Dense describe(
 
 void run(Dense& a) {
   const auto& kernel = kernels();
-  const int64_t operand = a.format == vlmo_kernels::BF16 && kernel.bf16 ? 2 : 4;
-  a.tile = vlmo_kernels::tile_for(a.rows, a.n, a.k * operand, torch::stable::get_num_threads());
+  const int64_t operand = stays_bf16(a.format) ? 2 : 4;
+  a.piece = a.by_columns ? vlmo_kernels::PIECE_BYTES / operand : vlmo_kernels::DEEPEST;
+  a.tile = vlmo_kernels::tile_for(a.rows, a.n, std::min(a.k, a.piece) * operand, torch::stable::get_num_threads());
   vlmo_kernels::run_tasks(
       vlmo_kernels::tasks_of(a.tile, a.rows, a.n), kernel.scratch(a),
       [&](int64_t task, char* scratch) { kernel.dense(a, task, scratch); });
@@ -149,6 +161,37 @@ Tensor dense_backward(
   return total;
 }
 
+// `dw` = gamma * (dy' x); returns the row sums of w * (dy' x), or nothing without `w`.
+Tensor weight_grad(Tensor dy, Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> w, Tensor dw) {
+  STD_TORCH_CHECK(dy.dim() == 2 && x.dim() == 2, "dense: `dy` and `x` must be matrices");
+  Dense a{};
+  a.format = format_of(x, "dense", "x");
+  a.rows = dy.size(1);
+  a.n = x.size(1);
+  a.k = x.size(0);
+  a.x = matrix_of(dy, "dy", a.k, a.rows);
+  a.by_columns = true;
+  a.y = matrix_of(dw, "dw", a.rows, a.n);
+  a.row_scale = vector_of(gamma, "gamma", a.rows);
+  a.dotted = beside(w, "w", a);
+  struct Packed;
+  std::unique_ptr<char[]> large;
+  pack(x, true, [&](int64_t elements) {
+    const size_t bytes = elements * (stays_bf16(a.format) ? 2 : 4);
+    if (bytes > MOST_KEPT) large.reset(new char[bytes]);
+    char* memory = large ? large.get() : vlmo_kernels::kept_memory<Packed>(bytes);
+    a.panels = memory;
+    return memory;
+  });
+  const int64_t pieces = vlmo_kernels::pieces(a.n, vlmo_kernels::SUM_COLUMNS), width[] = {w ? a.rows : 0};
+  const auto parts = vlmo_kernels::floats(pieces * width[0]);
+  a.dots = w ? parts.get() : nullptr;
+  run(a);
+  const Tensor total = torch::stable::new_empty(x, {width, 1}, std::make_optional(ScalarType::Float));
+  vlmo_kernels::add_up(parts.get(), pieces, width[0], static_cast<float*>(total.mutable_data_ptr()));
+  return total;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmo_kernels_cpu, m) {
@@ -159,10 +202,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmo_kernels_cpu, m) {
   m.def(
       "dense_backward(Tensor dy, Tensor? gamma, Tensor panels, int activation, Tensor? pre, "
       "Tensor(a!)? hidden, bool sums, Tensor(b!) dx) -> Tensor");
+  m.def("weight_grad(Tensor dy, Tensor x, Tensor? gamma, Tensor? w, Tensor(a!) dw) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmo_kernels_cpu, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("dense", TORCH_BOX(&dense));
   m.impl("dense_backward", TORCH_BOX(&dense_backward));
+  m.impl("weight_grad", TORCH_BOX(&weight_grad));
 }

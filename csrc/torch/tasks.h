@@ -9,8 +9,10 @@
 
 namespace vlmo_kernels {
 
-// Memory of the calling thread that lives as long as it does: fresh memory would fault its pages in at every call.
-inline char* scratch_memory(size_t bytes) {
+// Memory of the calling thread that lives as long as it does: fresh memory would fault its pages in at every call. One
+// piece for every `Use`.
+template <class Use>
+char* kept_memory(size_t bytes) {
   thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
   thread_local size_t size = 0;
   if (size < bytes) {
@@ -21,13 +23,15 @@ inline char* scratch_memory(size_t bytes) {
   return memory.get();
 }
 
+struct Scratch;  // of a run of tasks
+
 // Threads take the next task when they have done one. Which thread does a task changes nothing in its result.
 template <class Kernel>
 void run_tasks(int64_t tasks, size_t scratch_bytes, Kernel kernel) {
   if (tasks == 0) return;
   const int64_t available = torch::stable::get_num_threads(), threads = tasks < available ? tasks : available;
   const size_t bytes = (scratch_bytes + 4095) / 4096 * 4096;  // threads do not share a page
-  char* scratch = scratch_memory(bytes * threads);
+  char* scratch = kept_memory<Scratch>(bytes * threads);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {

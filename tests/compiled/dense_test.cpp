@@ -62,7 +62,7 @@ double gelu_slope(double z) {
 }
 
 template <class T>
-void run(int64_t rows, int64_t n, int64_t k, Tile tile, Format format, double tolerance) {
+void run(int64_t rows, int64_t n, int64_t k, Tile tile, int64_t piece, Format format, double tolerance) {
   Buffer<T> x(rows, k, 3), w(n, k, 1), y(rows, n, 2), pre(rows, n, 0), residual(rows, n, 5);
   auto bias = draw<float>(n), gamma = draw<float>(n), scale = draw<float>(rows);
   const double size = tolerance * std::sqrt(double(k) + 1);
@@ -74,6 +74,7 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, Format format, double to
     a.n = n;
     a.k = k;
     a.tile = tile;
+    a.piece = piece;
     a.x = x.matrix(format);
     a.panels = panels.data();
     a.activation = GELU;
@@ -105,6 +106,7 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, Format format, double to
     a.n = n;
     a.k = k;
     a.tile = tile;
+    a.piece = piece;
     a.x = x.matrix(format);
     a.x_columns = factor.data();
     a.panels = panels.data();
@@ -129,15 +131,48 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, Format format, double to
       check(std::fabs(total), 9 * size * std::sqrt(double(rows)), "sums", format, n, k);
     }
   }
+  {  // a weight gradient, whose left operand is stored by columns
+    Buffer<T> dy(k, rows, 2), input(k, n, 1), weight(rows, n, 3), dw(rows, n, 0);
+    std::vector<float> dots(pieces(n, SUM_COLUMNS) * rows, std::nanf(""));
+    const auto panels = packed(input.matrix(format), true, n, k);
+    Dense a{};
+    a.format = format;
+    a.rows = rows;
+    a.n = n;
+    a.k = k;
+    a.tile = tile;
+    a.piece = piece;
+    a.x = dy.matrix(format);
+    a.by_columns = true;
+    a.panels = panels.data();
+    a.row_scale = scale.data();
+    a.y = dw.matrix(format);
+    a.dotted = weight.matrix(format);
+    a.dots = dots.data();
+    all(tasks_of(a.tile, rows, n), kernels.scratch(a), [&](int64_t t, char* scratch) { kernels.dense(a, t, scratch); });
+    for (int64_t r = 0; r < rows; ++r) {
+      double total = 0;
+      for (int64_t c = 0; c < n; ++c) {
+        double u = 0;
+        for (int64_t i = 0; i < k; ++i) u += dy.at(i, r) * input.at(i, c);
+        check(std::fabs(dw.at(r, c) - scale[r] * u), 9 * size, "dw", format, n, k);
+        total += u * weight.at(r, c);
+      }
+      for (int64_t p = 0; p < pieces(n, SUM_COLUMNS); ++p) total -= dots[p * rows + r];
+      check(std::fabs(total), 9 * size * std::sqrt(double(n)), "dots", format, n, k);
+    }
+  }
 }
 
 int main() {
   const int64_t shapes[][3] = {{1, 1, 1}, {3, 33, 7}, {65, 40, 300}, {200, 17, 70}, {5, 800, 20}, {200, 800, 20}};
   for (const auto& s : shapes) {
     for (const Tile tile : {LARGEST_TILE, tile_for(s[0], s[1], 4 * s[2], 8)}) {
-      run<float>(s[0], s[1], s[2], tile, FP32, 1e-5);
-      run<level::bf16>(s[0], s[1], s[2], tile, BF16, 2e-2);
-      run<level::fp16>(s[0], s[1], s[2], tile, FP16, 2e-3);
+      for (const int64_t piece : {DEEPEST, int64_t(64)}) {
+        run<float>(s[0], s[1], s[2], tile, piece, FP32, 1e-5);
+        run<level::bf16>(s[0], s[1], s[2], tile, piece, BF16, 2e-2);
+        run<level::fp16>(s[0], s[1], s[2], tile, piece, FP16, 2e-3);
+      }
     }
   }
   std::puts("ok");

@@ -205,6 +205,21 @@ def test_same_bits_at_every_thread_count(dtype: torch.dtype, instructions: str) 
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_depth_in_pieces(dtype: torch.dtype, instructions: str) -> None:
+    """Sums of pieces of the depth are kept in fp32: in a layer, and over the tokens of a weight gradient."""
+    layer = Layer(40, 50, 4500).to(dtype)
+    right, eager = layer.to(torch.float64).run(Eager, "gelu"), layer.run(Eager, "gelu")
+    mine = layer.run(dense, "gelu")
+    for name in ("y", "pre", "full"):
+        assert_close_as_eager(mine[name], right[name], eager[name], name)
+    tokens = Layer(2100, 90, 70).to(dtype)
+    right, eager = tokens.to(torch.float64).run(Eager, "gelu"), tokens.run(Eager, "gelu")
+    mine = tokens.run(dense, "gelu")
+    for name in ("dw", "dots"):
+        assert_close_as_eager(mine[name], right[name], eager[name], name)
+
+
 @pytest.mark.parametrize("rows", (193, 1600))
 def test_the_largest_tile(rows: int, instructions: str) -> None:
     """Tiles shrink until all threads have work; here one thread has enough, and the last tile is a rest both ways."""
@@ -270,5 +285,9 @@ def test_bad_operands_are_named(instructions: str) -> None:
         OPS.dense(x, panels, None, 0, None, None, torch.ones(6, 4).T, None, y)
     with pytest.raises(RuntimeError, match=r"`residual` must have the dtype of the result"):
         OPS.dense(x, panels, None, 0, None, None, y.half(), None, y)
+    with pytest.raises(RuntimeError, match=r"`dy` must be \[4, 6\], its rows in one piece"):
+        OPS.weight_grad(torch.ones(5, 6), x, None, None, w)
+    with pytest.raises(RuntimeError, match=r"`w` must have the dtype of the result"):
+        OPS.weight_grad(y, x, None, w.half(), w)
     with pytest.raises(RuntimeError, match=r"`pre` belongs to an activation"):
         OPS.dense_backward(y, None, OPS.pack_weight(w, True), 1, None, None, False, x)

@@ -1,7 +1,6 @@
 """Dense layers by the compiled kernels (csrc): everything around a product is done on tiles that are in the cache.
 
-The functions are those of `onednn`, which says what they compute. Weight gradients are left to torch's product: it is
-as fast, and there is little around it.
+The functions are those of `onednn`, which says what they compute.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import torch
 from vlmo_kernels.runtime import compiled
 from vlmo_kernels.runtime.frozen import packed_weight
 
-from .onednn import column_sums, weight_grads
+from .onednn import column_sums
 
 __all__ = ["activation_grad", "column_sums", "forward_into", "input_grad_into", "prepare", "weight_grads", "why_not"]
 Optional = torch.Tensor | None
@@ -67,6 +66,18 @@ def activation_grad(
         _rows(g), _wide(gamma), _panels(weight, True), ACTIVATIONS.index(activation), pre, hidden, True, dpre
     )
     return dpre, hidden, sums
+
+
+def weight_grads(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gamma: Optional, need_dw: bool, need_dots: bool
+) -> tuple[Optional, Optional]:
+    if not (need_dw or need_dots):
+        return None, None
+    dw = x.new_empty(weight.shape)
+    dots = compiled.cpu_ops().weight_grad(
+        _rows(g), _rows(x), _wide(gamma), _rows(weight).to(x.dtype) if need_dots else None, dw
+    )
+    return (dw.to(weight.dtype) if need_dw else None), (dots if need_dots else None)
 
 
 def _panels(weight: torch.Tensor, swapped: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ MEND = "python setup.py build_ext --inplace"
 OPS = {
     "vlmo_kernels_cpu": (
         "isa", "plan", "attention_forward", "attention_backward", "attention_dbias_groups", "norm_forward",
-        "norm_backward", "column_sums", "pack_weight", "dense", "dense_backward",
+        "norm_backward", "column_sums", "pack_weight", "dense", "dense_backward", "weight_grad",
     ),
     "vlmo_kernels_cuda": ("plan",),
 }  # fmt: skip

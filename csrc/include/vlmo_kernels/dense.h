@@ -2,6 +2,7 @@
 //
 //   forward     y  = residual + row_scale * gamma * act(x w' + bias), and the sum under `act` kept on request
 //   backward    dz = ((gamma * dy) w) * act'(pre), and act(pre) and the column sums of dz on request
+//               dw = gamma * (dy' x), and the row sums of w * (dy' x) on request
 //
 // Every number is summed in one order and written by one task, so results depend neither on the number of threads nor
 // on which of them does what.
@@ -20,11 +21,14 @@ enum Activation { NO_ACTIVATION, GELU, GELU_TANH, RELU, SILU };
 struct Tile {
   int64_t rows, columns;
 };
-// Sums over rows are formed in pieces of this size, and the rows of a tile are whole pieces.
-constexpr int64_t SUM_ROWS = 32;
-constexpr Tile LARGEST_TILE = {6 * SUM_ROWS, 768};
+// Sums over rows or columns are formed in pieces of these sizes, and a tile is whole pieces.
+constexpr int64_t SUM_ROWS = 32, SUM_COLUMNS = 256;
+constexpr Tile LARGEST_TILE = {6 * SUM_ROWS, 3 * SUM_COLUMNS};
 // The rows of the left operand that a tile reads stay in a second-level cache.
 constexpr int64_t OPERAND_BYTES = 384 << 10;
+// A greater depth is taken in pieces, so that a panel of the right one stays there too. In a weight gradient, whose
+// depth are the tokens, pieces of so many bytes a row are faster.
+constexpr int64_t DEEPEST = 4096, PIECE_BYTES = 2048;
 
 static inline int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 static inline int64_t tasks_of(Tile tile, int64_t rows, int64_t columns) {
@@ -34,9 +38,9 @@ static inline int64_t tasks_of(Tile tile, int64_t rows, int64_t columns) {
 static inline Tile tile_for(int64_t rows, int64_t columns, int64_t row_bytes, int64_t threads) {
   Tile tile = LARGEST_TILE;
   while (tile.rows > SUM_ROWS && tile.rows * row_bytes > OPERAND_BYTES) tile.rows -= SUM_ROWS;
-  while (tasks_of(tile, rows, columns) < 8 * threads && (tile.columns > 256 || tile.rows > SUM_ROWS)) {
-    if (tile.columns > 256)
-      tile.columns -= 256;
+  while (tasks_of(tile, rows, columns) < 8 * threads && (tile.columns > SUM_COLUMNS || tile.rows > SUM_ROWS)) {
+    if (tile.columns > SUM_COLUMNS)
+      tile.columns -= SUM_COLUMNS;
     else
       tile.rows -= SUM_ROWS;
   }
@@ -64,7 +68,9 @@ struct Dense {
   Format format;  // of the product's operands
   Tile tile;
   int64_t rows, n, k;
-  Matrix x;                                // [rows, k]
+  int64_t piece;                           // of the depth; a smaller depth is taken whole
+  Matrix x;                                // [rows, k], or with by_columns [k, rows]
+  bool by_columns;
   const float* x_columns;                  // factors of its columns [k], or null
   const void* panels;
   Activation activation;
@@ -72,6 +78,8 @@ struct Dense {
   Matrix residual, pre, hidden, y;         // [rows, n], of one format; absent ones have no data
   bool backward;                           // `pre` is read, and `y` is what flows through it
   float* sums;                             // backward: column sums, [pieces of SUM_ROWS, n], or null
+  Matrix dotted;                           // [rows, n], what `dots` are sums of together with the product
+  float* dots;                             // row sums, [pieces of SUM_COLUMNS, rows], or null
 };
 
 // Both sides of a packed weight are padded to 32; a task packs 32 rows of it.

@@ -12,8 +12,8 @@ namespace VLMO_LEVEL {
 constexpr int64_t DEPTH = 256;
 // Copied rows are a cache line more than a power of two apart, or they would share a few sets of the cache.
 template <class E>
-static inline int64_t copied_row(int64_t k) {
-  return round_up(k, 64 / sizeof(E)) + 64 / sizeof(E);
+static inline int64_t copied_row(const Dense& a) {
+  return packed_size(min_of(a.k, a.piece)) + 64 / sizeof(E);
 }
 
 // Calls body with a null pointer to the type of a format.
@@ -103,12 +103,13 @@ static inline void pack(const Matrix& w, bool swapped, const Panels& p, int64_t 
 template <class E>
 struct DenseTile {
   using G = Gemm<E>;
+  static constexpr int64_t BLOCK_SIZE = G::row_step * G::width;
   const Dense& a;
   int64_t row, rows, column, columns;
-  int64_t depth;        // a.k, in whole steps of the product
-  int64_t in_place;     // rows up to this one are read from a.x; the others from `copied`
+  int64_t in_place;  // rows up to this one are read from a.x; the others from `copied`
   E* copied;
-  float result[G::row_step * G::width];
+  float* sums;       // of all blocks, where the depth is taken in pieces
+  float result[BLOCK_SIZE];
 
   DenseTile(const Dense& dense, int64_t task, char* scratch) : a(dense), copied((E*)scratch) {
     const int64_t tiles = pieces(a.rows, a.tile.rows);  // neighbouring tasks share a weight
@@ -116,48 +117,82 @@ struct DenseTile {
     column = task / tiles * a.tile.columns;
     rows = min_of(a.tile.rows, a.rows - row);
     columns = min_of(a.tile.columns, a.n - column);
-    depth = round_up(a.k, G::depth_step);
+    sums = (float*)(scratch + copied_bytes(a));
+  }
+
+  static size_t copied_bytes(const Dense& a) { return a.tile.rows * copied_row<E>(a) * sizeof(E); }
+  static size_t scratch(const Dense& a) {
+    return copied_bytes(a) + (a.k > a.piece ? a.tile.rows * a.tile.columns * sizeof(float) : 0);
   }
 
   void run() {
-    copy_operand();
     with_format(a.y.format, [&](auto* type) {
       with_activation(a.activation, [&](auto kind) {
         typedef typename Target<decltype(type)>::type T;
-        const E* panel = (const E*)a.panels + column * packed_size(a.k);
-        for (int64_t j = 0; j < columns; j += G::width, panel += G::width * packed_size(a.k))
-          for (int64_t i = 0; i < rows; i += G::row_step) block<T, decltype(kind)::value>(i, j, panel);
+        for (int64_t p = 0; p < a.k || p == 0; p += a.piece)
+          multiply<T, decltype(kind)::value>(p, min_of(a.piece, a.k - p));
       });
     });
     stream_fence();
   }
 
  private:
-  // What cannot be read in place: other formats, scaled columns, a depth or a number of rows with a rest.
-  void copy_operand() {
+  // The product over a piece of the depth; after the last one the result.
+  template <class T, Activation kind>
+  void multiply(int64_t from, int64_t real) {
+    const int64_t depth = round_up(real, G::depth_step), panel_size = G::width * packed_size(a.k);
+    copy_operand(from, real, depth);
+    const E* panel = (const E*)a.panels + column * packed_size(a.k) + from * G::width;
+    for (int64_t j = 0; j < columns; j += G::width, panel += panel_size)
+      for (int64_t i = 0; i < rows; i += G::row_step) {
+        const bool here = i < in_place, last = from + real == a.k;
+        if (last) prefetch_around(i, j);
+        const E* left = here ? at<E>(a.x, row + i, from) : copied + (i - in_place) * copied_row<E>(a);
+        const int64_t stride = here ? a.x.row : copied_row<E>(a);
+        float* block = a.k > a.piece ? sums + (j / G::width * a.tile.rows + i) * G::width : result;
+        G::run(G::row_step, G::width, depth, left, stride, panel, 0, block, G::width, from > 0);
+        if (last) finish<T, kind>(i, j, block);
+      }
+  }
+
+  // What cannot be read in place: other formats, scaled or stored columns, a depth or a number of rows with a rest.
+  void copy_operand(int64_t from, int64_t real, int64_t depth) {
     in_place = 0;
     with_format(a.x.format, [&](auto* type) {
-      if (Same<typename Target<decltype(type)>::type, E>::value && !a.x_columns && depth == a.k)
-        in_place = rows / G::row_step * G::row_step;
+      const bool same = Same<typename Target<decltype(type)>::type, E>::value;
+      if (same && !a.x_columns && !a.by_columns && depth == real) in_place = rows / G::row_step * G::row_step;
     });
-    const int64_t count = rows - in_place, stride = copied_row<E>(a.k);
-    copy_in<E>(a.x, a.x_columns, row + in_place, count, 0, a.k, depth, copied, stride);
+    if (a.by_columns) return copy_transposed(from, real);
+    const int64_t count = rows - in_place, stride = copied_row<E>(a);
+    copy_in<E>(a.x, a.x_columns, row + in_place, count, from, real, depth, copied, stride);
     // Rows that only fill the last block: their products are not used, but NaN or denormals left there cost time.
     for (int64_t r = count; r < round_up(count, G::row_step); r++)
       __builtin_memset((void*)(copied + r * stride), 0, depth * sizeof(E));
   }
 
+  void copy_transposed(int64_t from, int64_t real) {
+    const int64_t padded = packed_size(rows);  // the rows of a tile are whole blocks
+    E block[BLOCK * LARGEST_TILE.rows];
+    for (int64_t t = 0; t < real; t += BLOCK) {
+      const int64_t count = min_of<int64_t>(BLOCK, real - t);
+      copy_in<E>(a.x, nullptr, from + t, count, row, rows, padded, block, padded);
+      __builtin_memset((void*)(block + count * padded), 0, (BLOCK - count) * padded * sizeof(E));
+      transposed_rows(block, padded, copied + t, copied_row<E>(a));
+    }
+  }
+
+  void prefetch_around(int64_t i, int64_t j) {
+    const Matrix* const around[] = {&a.residual, &a.pre, &a.y, &a.hidden, &a.dotted};
+    for (const Matrix* m : around)
+      prefetch(*m, row + i, min_of<int64_t>(G::row_step, rows - i), column + j, min_of<int64_t>(G::width, columns - j));
+  }
+
   template <class T, Activation kind>
-  void block(int64_t i, int64_t j, const E* panel) {
+  void finish(int64_t i, int64_t j, const float* block) {
     const int64_t height = min_of<int64_t>(G::row_step, rows - i), width = min_of<int64_t>(G::width, columns - j);
-    const Matrix* const around[] = {&a.residual, &a.pre, &a.y, &a.hidden};
-    for (const Matrix* m : around) prefetch(*m, row + i, height, column + j, width);
-    const bool here = i < in_place;
-    const E* left = here ? at<E>(a.x, row + i, 0) : copied + (i - in_place) * copied_row<E>(a.k);
-    G::run(G::row_step, G::width, depth, left, here ? a.x.row : copied_row<E>(a.k), panel, 0, result, G::width, false);
     for (int64_t r = 0; r < height; r++)
-      a.backward ? backward<T, kind>(i + r, j, width, result + r * G::width)
-                 : forward<T, kind>(i + r, j, width, result + r * G::width);
+      a.backward ? backward<T, kind>(i + r, j, width, block + r * G::width)
+                 : forward<T, kind>(i + r, j, width, block + r * G::width);
   }
 
   // A row of one of the matrices around the product, from a column on.
@@ -184,6 +219,7 @@ struct DenseTile {
     const float *bias = a.bias ? a.bias + first : nullptr, *gamma = a.gamma ? a.gamma + first : nullptr;
     const float factor = a.row_scale ? a.row_scale[row + r] : 1.0f;
     const Row<T> residual(a.residual, row + r, first), pre(a.pre, row + r, first), y(a.y, row + r, first);
+    if (a.dots) dot(r, first, width, line, Row<T>(a.dotted, row + r, first));
     over_row(width, [&](int64_t i, int lanes) {
       vf v = load_some(line + i, lanes), slope;
       if (bias) v = v + load_some(bias + i, lanes);
@@ -193,6 +229,16 @@ struct DenseTile {
       if (residual) v = v + residual.get(i, lanes);
       y.put(i, lanes, v);
     });
+  }
+
+  template <class T>
+  void dot(int64_t r, int64_t first, int64_t width, const float* line, const Row<T>& with) {
+    float* sum = a.dots + first / SUM_COLUMNS * a.rows + row + r;
+    vf products{};
+    over_row(width, [&](int64_t i, int lanes) {
+      products = fma(load_some(line + i, lanes), with.get(i, lanes), products);
+    });
+    *sum = (first % SUM_COLUMNS ? *sum : 0) + sum_of(products);
   }
 
   template <class T, Activation kind>
@@ -238,8 +284,7 @@ static void dense_of(const Dense& a, int64_t task, char* scratch) {
   a.format == BF16 ? dense_as<DenseOperand>(a, task, scratch) : dense_as<float>(a, task, scratch);
 }
 static size_t scratch_of(const Dense& a) {
-  return a.tile.rows * (a.format == BF16 ? copied_row<DenseOperand>(a.k) * sizeof(DenseOperand)
-                                         : copied_row<float>(a.k) * sizeof(float));
+  return a.format == BF16 ? DenseTile<DenseOperand>::scratch(a) : DenseTile<float>::scratch(a);
 }
 
 }  // namespace VLMO_LEVEL
