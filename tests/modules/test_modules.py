@@ -198,8 +198,13 @@ def test_encoder_names_what_is_wrong():
         (lambda: MoMEBlock(16, 2, drop_path=2.0), "`drop_path` must be a probability, 0 to 1, got 2.0"),
         (lambda: MoMEBlock(16, 2, dropout=-1.0), "`dropout` must be a probability, 0 to 1, got -1.0"),
         (lambda: MoMEEncoder(0, 16, 2), "`depth` must be at least 1, got 0"),
+        (lambda: RoutedLinear(16, 2, impl="cuda"), "RoutedLinear: `impl` must be one of auto, .*, got 'cuda'"),
+        (lambda: RoutedNorm(16, impl="cuda"), "RoutedNorm: `impl` must be one of auto, .*, got 'cuda'"),
+        (lambda: RoutedFFN(16, 32, impl="cuda"), "RoutedFFN: `impl` must be one of auto, .*, got 'cuda'"),
+        (lambda: SharedAttention(16, 2, impl=None), "SharedAttention: `impl` must be one of auto, .*, got None"),
+        (lambda: MoMEEncoder(1, 16, 2, impl="cuda"), "`impl` must be one of auto, .*, got 'cuda'"),
     ],
 )
-def test_bad_numbers_are_named(build, message: str) -> None:
+def test_bad_arguments_are_named(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()

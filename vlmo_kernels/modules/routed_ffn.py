@@ -8,6 +8,7 @@ from torch import nn
 from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import routed_ffn
 from vlmo_kernels.ops.routed_ffn import GATED
+from vlmo_kernels.runtime.dispatch import check_impl
 
 
 class Mlp(nn.Module):
@@ -50,7 +51,8 @@ class RoutedFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.names, self.experts, self.activation = tuple(names), experts, activation
-        self.dropout, self.recompute, self.impl = dropout, recompute, impl
+        self.dropout, self.recompute = dropout, recompute
+        self.impl = check_impl("RoutedFFN", impl)
         for name in names:
             self.add_module(name, Mlp(dim, hidden, activation in GATED))
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import routed_linear
+from vlmo_kernels.runtime.dispatch import check_impl
 
 
 class RoutedLinear(nn.Module):
@@ -32,7 +33,8 @@ class RoutedLinear(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.names, self.experts, self.impl = tuple(names), experts, impl
+        self.names, self.experts = tuple(names), experts
+        self.impl = check_impl("RoutedLinear", impl)
         for name in names:
             self.add_module(name, nn.Linear(in_features, out_features, bias=bias))
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import routed_norm
+from vlmo_kernels.runtime.dispatch import check_impl
 
 
 class RoutedNorm(nn.Module):
@@ -33,7 +34,8 @@ class RoutedNorm(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.names, self.experts, self.kind, self.eps, self.impl = tuple(names), experts, kind, eps, impl
+        self.names, self.experts, self.kind, self.eps = tuple(names), experts, kind, eps
+        self.impl = check_impl("RoutedNorm", impl)
         for name in names:
             self.add_module(name, nn.LayerNorm(dim, eps) if kind == "layer" else nn.RMSNorm(dim, eps))
         if kind == "rms1p":

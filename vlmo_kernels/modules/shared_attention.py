@@ -7,6 +7,7 @@ from torch import nn
 
 from vlmo_kernels.layout import ModalityLayout
 from vlmo_kernels.ops import RelativePositionBias, routed_linear, shared_attention
+from vlmo_kernels.runtime.dispatch import check_impl
 
 
 class SharedAttention(nn.Module):
@@ -31,7 +32,8 @@ class SharedAttention(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"SharedAttention: `dim` must be a multiple of `heads` {heads}, got {dim}")
-        self.heads, self.dropout, self.impl = heads, dropout, impl
+        self.heads, self.dropout = heads, dropout
+        self.impl = check_impl("SharedAttention", impl)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 

@@ -83,12 +83,14 @@ def mome_block(
 
     Returns:
         `[T, D]` in the dtype of `x`.
+
+    Raises:
+        As its ops; of `params`: TypeError for what is no MoMEBlockParams or no list, ValueError for heads and shapes
+        that do not fit.
     """
     p = params
-    common.check_rows("mome_block", "x", x, layout)
+    _check(x, p, layout)
     width = x.shape[1]
-    if p.heads <= 0 or width % p.heads:
-        raise ValueError(f"mome_block: `heads` must divide the width {width} of `x`, got {p.heads}")
 
     def norm(entries: tuple[Tensors, Tensors], x: torch.Tensor) -> torch.Tensor:
         experts = p.map_for(entries[0])
@@ -107,9 +109,34 @@ def mome_block(
     )  # fmt: skip
 
 
+def _check(x: torch.Tensor, p: MoMEBlockParams, layout: ModalityLayout) -> None:
+    """What the ops of a block would say in words that its caller does not know."""
+    op = "mome_block"
+    common.check_rows(op, "x", x, layout)
+    if not isinstance(p, MoMEBlockParams):
+        raise TypeError(f"{op}: `params` must be MoMEBlockParams, got {type(p).__name__}")
+    width = x.shape[1]
+    if not isinstance(p.heads, int) or p.heads <= 0 or width % p.heads:
+        raise ValueError(f"{op}: `heads` must divide the width {width} of `x`, got {p.heads!r}")
+    lists = {"w1": p.w1, "gamma1": p.gamma1, "gamma2": p.gamma2}
+    for name in ("norm1", "qkv", "proj", "norm2"):
+        pair = getattr(p, name)
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            given = type(pair).__name__ + (f" of {len(pair)}" if isinstance(pair, Sequence) else "")
+            raise TypeError(f"{op}: `params.{name}` must be a pair, weights and biases, got {given}")
+        lists[f"{name}[0]"] = pair[0]
+    for name, entries in lists.items():
+        if not isinstance(entries, Sequence) or not entries:
+            given = "an empty one" if isinstance(entries, Sequence) else type(entries).__name__
+            raise TypeError(f"{op}: `params.{name}` must be a list, one entry per expert or one for all, got {given}")
+    for name, out in (("qkv", 3 * width), ("proj", width)):
+        for e, weight in enumerate(getattr(p, name)[0]):
+            common.check_shape(op, f"params.{name}[0][{e}]", weight, (out, width), x)
+
+
 def _for_all(gammas: Tensors, like: Tensors) -> list[torch.Tensor | None]:
     """One entry for every expert of `like`."""
-    return list(gammas) * (len(like) // len(gammas))
+    return list(gammas) * (len(like) if len(gammas) == 1 else 1)
 
 
 def calls(given: Mapping[str, Any]) -> list[tuple[str, tuple, dict]]:
@@ -119,6 +146,7 @@ def calls(given: Mapping[str, Any]) -> list[tuple[str, tuple, dict]]:
         given: arguments of `mome_block` by name, all of them.
     """
     x, p, layout, impl = given["x"], given["params"], given["layout"], given["impl"]
+    _check(x, p, layout)
     qkv = x.new_empty(x.shape[0], 3, p.heads, x.shape[1] // p.heads)
     norm = {"kind": p.norm_kind, "eps": p.eps, "impl": impl}
     return [

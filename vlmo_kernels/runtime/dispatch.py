@@ -98,12 +98,15 @@ def implementation(op: str, impl: str, x: torch.Tensor, *features: str):
     return load(op, impl)
 
 
+def check_impl(op: str, impl: str) -> str:
+    """`impl` as it is, if it names an implementation or "auto"."""
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"{op}: `impl` must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    return impl
+
+
 @cache
 def _explanation(request: Request, impl: str) -> Explanation:
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(
-            f"{request.op}: `impl` must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
-        )
     if impl != "auto":
         why = _WHY_NOT[impl](request)
         rejected = {name: "another was asked for" for name in IMPLEMENTATIONS if name != impl}
@@ -128,8 +131,10 @@ def select(request: Request, impl: str) -> str:
     """The implementation to run. Under `torch.compile` "auto" stays "auto": the op itself chooses when it runs.
 
     Raises:
+        ValueError: no such implementation.
         RuntimeError: none can; the message names the reasons and the ways out.
     """
+    check_impl(request.op, impl)
     if torch.compiler.is_compiling():
         return impl
     explanation = _explanation(request, impl)
@@ -144,11 +149,11 @@ def select(request: Request, impl: str) -> str:
     return explanation.chosen
 
 
-def _configurations(function, found: _Explained, args, kwargs) -> dict[str, str]:
+def _configurations(found: _Explained, given: dict[str, object]) -> dict[str, str]:
     """Launch to the source of its configuration, for the ops that have tables."""
     tables = importlib.import_module("vlmo_kernels.tuning.tables")
     problems = getattr(load(found.request.op, "triton"), "problems", None)
-    known = problems(_by_name(function, args, kwargs), found.request.dtype) if problems else []
+    known = problems(given, found.request.dtype) if problems else []
     return {str(problem): tables.source(problem, found.request.device) for problem in known}
 
 
@@ -176,6 +181,11 @@ def explain(op: str, *args, **kwargs) -> Explanation:
         op: name of a public op, for example "routed_ffn".
         *args, **kwargs: what the op would be called with.
 
+    Raises:
+        ValueError: no such op.
+        TypeError: arguments that the op does not have, or not all that it needs.
+        Whatever a call would raise about its arguments.
+
     Example:
         >>> print(explain("routed_linear", x, weights, biases, layout))  # doctest: +SKIP
         routed_linear: cpu
@@ -186,18 +196,25 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     names = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
     if op not in names:
         raise ValueError(f"explain: `op` must be one of {', '.join(names)}, got {op!r}")
+    function = getattr(ops, op)
+    try:
+        given = _by_name(function, args, kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"explain: after {op!r} must come what {op} takes, {', '.join(inspect.signature(function).parameters)}; "
+            f"{error}"
+        ) from None
     if op == "mome_block":
         calls = importlib.import_module("vlmo_kernels.ops.mome_block").calls
-        given = _by_name(ops.mome_block, args, kwargs)
         parts = tuple(explain(name, *a, **k) for name, a, k in calls(given))
         chosen = {part.chosen for part in parts}
         agreed = chosen.pop() if len(chosen) == 1 else None if None in chosen else "mixed"
         return Explanation(op, agreed, parts=parts)
     token = _explaining.set(True)
     try:
-        getattr(ops, op)(*args, **kwargs)
+        function(*args, **kwargs)
     except _Explained as found:
-        sources = _configurations(getattr(ops, op), found, args, kwargs) if found.explanation.chosen == "triton" else {}
+        sources = _configurations(found, given) if found.explanation.chosen == "triton" else {}
         return replace(found.explanation, how=_how(found), configurations=sources)
     finally:
         _explaining.reset(token)
