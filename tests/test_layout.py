@@ -296,6 +296,20 @@ def test_to_moves_the_tables_alone() -> None:
     assert meta.split(torch.empty(layout.tokens, 2, device="meta"))["text"].shape == (40, 2)
 
 
+def test_to_waits_for_the_copies_unless_told_not_to(monkeypatch) -> None:
+    layout, asked, to = CASES["pair"].layout(), [], torch.Tensor.to
+
+    def spy(t, device, non_blocking=False):
+        asked.append(non_blocking)
+        return to(t, device, non_blocking=non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    for non_blocking in (False, True):
+        asked.clear()
+        assert_same(layout.to("cpu", non_blocking=non_blocking), layout)
+        assert asked == [non_blocking] * len(TABLES)
+
+
 def test_repr_is_readable() -> None:
     case = CASES["mixed_kinds"]
     assert repr(case.layout()) == (

@@ -15,12 +15,11 @@ import torch
 from .host_plan import plan_columns, plan_runs
 from .plan import as_list, group_count, ids_of_runs, modality_names, plan
 from .rows import gather_rows
-from .runtime.check import checks_on_device
-from .runtime.route import Route
+from .runtime.check import checks_on_device, usable_device
+from .runtime.route import Experts, Route, expert_segments
 from .runtime.sequences import Sequences
 
 Runs = Sequence[Sequence[tuple[str, int]]]
-Experts = Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,7 +74,9 @@ class ModalityLayout:
 
         Raises:
             TypeError: `lengths` is no mapping, or holds a length that is no integer.
-            ValueError: no modality, unequal numbers of samples, or a negative length.
+            ValueError: no modality, unequal numbers of samples, a negative length, lengths without values (a meta
+                tensor), or an unknown device.
+            RuntimeError: a device that is not here.
 
         Example:
             >>> ModalityLayout.from_lengths({"text": [7, 3], "image": 197}).rows.shape
@@ -89,7 +90,7 @@ class ModalityLayout:
         if not lengths:
             raise ValueError("ModalityLayout.from_lengths: `lengths` must name at least one modality, got none")
         names = modality_names(tuple(lengths))
-        listed = {m: as_list(n) for m, n in lengths.items()}
+        listed = {m: as_list(m, n) for m, n in lengths.items()}
         sizes = {len(n) for n in listed.values() if isinstance(n, list)}
         if len(sizes) > 1:
             given = {m: len(n) for m, n in listed.items() if isinstance(n, list)}
@@ -144,10 +145,14 @@ class ModalityLayout:
             modalities: names.
 
         Raises:
+            TypeError: `ids` or `mask` is no tensor.
             ValueError: wrong shapes or devices; ids out of range when they are on the host (on a device
                 only with `VLMO_KERNELS_CHECK=1`).
         """
         modalities = modality_names(modalities)
+        for name, t in (("ids", ids), ("mask", ids if mask is None else mask)):
+            if not isinstance(t, torch.Tensor):
+                raise TypeError(f"ModalityLayout.from_modality_ids: `{name}` must be a tensor, got {type(t).__name__}")
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(
                 f"ModalityLayout.from_modality_ids: `ids` must be integer [B, N], got {ids.dtype} {list(ids.shape)}"
@@ -192,6 +197,7 @@ class ModalityLayout:
             raise ValueError(f"ModalityLayout.from_split: `split` must be -1 or 0 to {length}, got {split}")
         if device is None:
             device = "cpu" if mask is None else mask.device
+        device = usable_device("ModalityLayout", device)
         split = length if split == -1 else split
         ids = (torch.arange(length, device=device) >= split).long().expand(batch, length)
         return cls.from_modality_ids(ids, mask, modalities=modalities)
@@ -366,46 +372,21 @@ class ModalityLayout:
 
     # ------------------------------------------------------------------ what ops read
 
-    def route(self, experts: Experts | None, count: int) -> Route:
+    def route(self, experts: Experts | None, count: int, op: str = "ModalityLayout.route") -> Route:
         """The row ranges of every expert.
 
         Args:
-            experts: modality or group to expert, groups first; None: the i-th modality has expert i.
+            experts: modality or group to expert, groups first; None: the i-th modality has expert i, or all the one.
             count: number of experts.
+            op: whose experts they are, for the errors.
 
         Raises:
-            ValueError: a modality without expert, an unknown name, or an expert out of range.
+            TypeError: `experts` is no mapping to integers.
+            ValueError: a modality without expert, an unknown name, an expert out of range, or without `experts`
+                neither one expert nor as many as modalities.
         """
-        return Route(self.group_offsets, self.host_offsets, self._segments(experts, count))
-
-    def _segments(self, experts: Experts | None, count: int) -> tuple[tuple[int, int, int], ...]:
-        if experts is None:
-            experts = (
-                {m: i for i, m in enumerate(self.modalities)}
-                if count > 1
-                else {m: 0 for m in self.modalities}
-            )
-        names = self.groups
-        unknown = set(experts) - set(names) - set(self.modalities)
-        if unknown:
-            raise ValueError(
-                f"experts: names must be among {self.modalities} or {names}, got {sorted(unknown)}"
-            )
-        segments: list[tuple[int, int, int]] = []
-        for g, name in enumerate(names):
-            modality = name.rpartition(".")[0]
-            expert = experts.get(name, experts.get(modality))
-            if expert is None:
-                raise ValueError(
-                    f"experts: every modality needs an expert, none for {name!r} in {dict(experts)}"
-                )
-            if not 0 <= expert < count:
-                raise ValueError(f"experts: {name!r} must map to 0..{count - 1}, got {expert}")
-            if segments and segments[-1][2] == expert:
-                segments[-1] = (segments[-1][0], g + 1, expert)
-            else:
-                segments.append((g, g + 1, expert))
-        return tuple(segments)
+        segments = expert_segments(op, experts, count, self.modalities, self.groups)
+        return Route(self.group_offsets, self.host_offsets, segments)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -435,9 +416,19 @@ class ModalityLayout:
             host_offsets=known,
         )
 
-    def to(self, device: torch.device | str) -> ModalityLayout:
-        """The same plan with its tables on `device`; what the host knows stays on the host."""
-        moved = {f: getattr(self, f).to(device) for f in _TABLES}
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ModalityLayout:
+        """The same plan with its tables on `device`; what the host knows stays on the host.
+
+        Args:
+            device: where the tables go.
+            non_blocking: do not wait for the copies, as in `Tensor.to`: only from pinned memory do they overlap.
+
+        Raises:
+            TypeError, ValueError: no device, or one that torch does not know.
+            RuntimeError: a device that is not here.
+        """
+        device = usable_device("ModalityLayout", device)
+        moved = {f: getattr(self, f).to(device, non_blocking=non_blocking) for f in _TABLES}
         return replace(self, **moved)
 
     def copy_(self, other: ModalityLayout) -> ModalityLayout:

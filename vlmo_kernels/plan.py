@@ -132,9 +132,14 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def as_list(lengths) -> object:
+def as_list(modality: str, lengths) -> object:
     """Lengths as given by the user: a list, or what is hoped to be one integer for all samples."""
     if isinstance(lengths, torch.Tensor):
+        if lengths.is_meta:
+            raise ValueError(
+                f"ModalityLayout: lengths of {modality!r} must have values, got a tensor on meta. "
+                'Hint: give them as a list, and device="meta" for tables without values'
+            )
         return lengths.tolist()
     return list(lengths) if hasattr(lengths, "__iter__") else lengths
 

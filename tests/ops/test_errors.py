@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import vlmo_kernels as vk
 
 L = vk.ModalityLayout.from_lengths({"text": [2, 1], "image": 3})  # 9 rows, positions 0 to 4
 LAYOUT = vk.ModalityLayout
+TEXT = LAYOUT.from_lengths({"text": [2, 1]})
 
 
 def t(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
@@ -25,6 +28,22 @@ LAYOUT_ERRORS = {
         lambda: L.pack(t(2, 5, 4)), TypeError, "`parts` must map modalities to tensors, got Tensor. Hint: pack_padded"),
     "parts of two widths": (
         lambda: L.pack({"text": t(3, 4), "image": t(6, 5)}), ValueError, r"rows of one shape, got \{'text': \(4,\)"),
+    "lengths without values": (
+        lambda: LAYOUT.from_lengths({"text": t(2, device="meta").long()}), ValueError,
+        "lengths of 'text' must have values, got a tensor on meta. Hint"),
+    "device unknown": (
+        lambda: LAYOUT.from_lengths({"text": 1}, device="gpu"), ValueError, "one that torch knows, got 'gpu'. Hint"),
+    "device no name": (lambda: L.to(1.5), TypeError, "`device` must be a torch.device or its name, got 1.5"),
+    "device not here": (lambda: L.to("cuda:99"), RuntimeError, "this torch can use here, got 'cuda:99'. Hint"),
+    "device of runs not here": (
+        lambda: LAYOUT.from_runs([[("text", 1)]], device="cuda:99"), RuntimeError, "got 'cuda:99'"),
+    "device of a split not here": (
+        lambda: LAYOUT.from_split(2, 5, 1, device="cuda:99"), RuntimeError, "got 'cuda:99'"),
+    "ids no tensor": (
+        lambda: LAYOUT.from_modality_ids([[0]], modalities=["a"]), TypeError, "`ids` must be a tensor, got list"),
+    "mask no tensor": (
+        lambda: LAYOUT.from_modality_ids(ids([0]), [[1]], modalities=["a"]), TypeError,
+        "`mask` must be a tensor, got list"),
     "no modality": (lambda: LAYOUT.from_lengths({}), ValueError, "`lengths` must name at least one modality"),
     "negative length": (
         lambda: LAYOUT.from_lengths({"text": [2, -1]}), ValueError, "lengths of 'text' must not be negative, got -1"),
@@ -105,11 +124,15 @@ def attention(q=None, k=None, v=None, **options):
     return vk.shared_attention(t(9, 2, 4) if q is None else q, k, v, L, **options)
 
 
-def block(x=None, heads: int = 2):
+def params(heads: int = 2, **changed) -> vk.MoMEBlockParams:
     pair = ([t(4)], [t(4)])
     qkv, proj = ([t(12, 4)], [None]), ([t(4, 4)], [None])
-    params = vk.MoMEBlockParams(heads, pair, qkv, proj, pair, [t(6, 4)], [None], [t(4, 6)], [None])
-    return vk.mome_block(t(9, 4) if x is None else x, params, L)
+    good = vk.MoMEBlockParams(heads, pair, qkv, proj, pair, [t(6, 4)], [None], [t(4, 6)], [None])
+    return dataclasses.replace(good, **changed)
+
+
+def block(x=None, heads: int = 2, **changed):
+    return vk.mome_block(t(9, 4) if x is None else x, params(heads, **changed), L)
 
 
 KV = {"k": t(9, 2, 4), "v": t(9, 2, 4)}
@@ -146,12 +169,29 @@ OP_ERRORS = {
     "row scale trained": (
         lambda: linear(row_scale=t(9).requires_grad_()), NotImplementedError, "`row_scale` has no gradient"),
     "experts miss a modality": (
-        lambda: linear(None, W, None, L, {"text": 0}), ValueError, "every modality needs an expert, none for 'image"),
+        lambda: linear(None, W, None, L, {"text": 0}), ValueError,
+        r"routed_linear: `experts` must .*\('text', 'image'\) .*got \{'text': 0\}, none for 'image.mixed', .*Hint"),
     "experts too few": (lambda: linear(w=W[:1], experts={"text": 0, "image": 1}), ValueError,
-        r"'image.mixed' must map to 0..0, got 1"),
-    "experts negative": (lambda: linear(experts={"text": 0, "image": -1}), ValueError, r"must map to 0..1, got -1"),
+        r"routed_linear: `experts` must map 'image.mixed' to 0..0, got 1"),
+    "experts negative": (lambda: linear(experts={"text": 0, "image": -1}), ValueError, r"'image.*' to 0..1, got -1"),
+    "experts no mapping": (
+        lambda: linear(experts=[0, 1]), TypeError, r"`experts` must map modalities to integers, got \[0, 1\]. Hint"),
+    "experts by name": (
+        lambda: linear(experts={"text": "a", "image": 1}), TypeError, "`experts` must map modalities to integers, got"),
+    "an expert that nobody has": (
+        lambda: linear(w=[t(6, 4)] * 3), ValueError,
+        r"routed_linear: without `experts` there must be .*\('text', 'image'\), got 3. Hint"),
+    "a norm that nobody has": (
+        lambda: vk.routed_norm(t(9, 4), [t(4)] * 3, None, L), ValueError, "routed_norm: without `experts` .* got 3"),
+    "a network that nobody has": (
+        lambda: ffn(w1=[t(6, 4)] * 3, w2=[t(4, 6)] * 3), ValueError, "routed_ffn: without `experts` .* got 3"),
+    "two experts for one modality": (
+        lambda: linear(t(3, 4), layout=TEXT), ValueError, r"modalities \('text',\), got 2. Hint: .*lengths of 0"),
+    "an encoder of other modalities": (
+        lambda: vk.MoMEEncoder(1, 4, 2, vl_start=0)(t(3, 4), TEXT), ValueError,
+        r"layout's modalities \('text',\) .*got \{'text': 0, 'image': 1, .*unknown: 'image', .*Hint: .*lengths of 0"),
     "experts unknown": (
-        lambda: linear(experts={"text": 0, "image": 1, "audio": 0}), ValueError, r"names must be among .*\['audio'\]"),
+        lambda: linear(experts={"text": 0, "image": 1, "audio": 0}), ValueError, "no others, got .*, unknown: 'audio'"),
     "norm of another kind": (
         lambda: vk.routed_norm(t(9, 4), N, None, L, kind="batch"), ValueError, "must be one of layer, .*'batch'"),
     "norm weight of another shape": (
@@ -171,7 +211,23 @@ OP_ERRORS = {
     "up of one expert alone": (
         lambda: ffn(activation="swiglu", w_up=[t(6, 4), None]), ValueError, r"`w_up\[1\]` must be a matrix, got None"),
     "stacked gate odd": (
-        lambda: ffn(w1=[t(5, 4)] * 2, activation="swiglu"), ValueError, "an even number of rows"),
+        lambda: ffn(w1=[t(5, 4)] * 2, activation="swiglu"), ValueError, r"stacked, \[12, 4\], .*`w1\[0\]` \[5, 4\]"),
+    "gate without up": (
+        lambda: ffn(activation="geglu"), ValueError,
+        r"activation='geglu' is gated: `w_up` must have one \[6, 4\] per expert.* got `w_up` None and .* \[6, 4\]"),
+    "stacked gate with half a bias": (
+        lambda: vk.routed_ffn(t(9, 4), [t(12, 4)] * 2, [t(6)] * 2, W2, None, L, activation="swiglu"), ValueError,
+        r"`b1\[0\]` must be \[12\], got \[6\]"),
+    "w2 of no tensors": (lambda: ffn(w2=None), ValueError, r"`w2\[0\]` must be a matrix, got NoneType"),
+    "eps no number": (lambda: ffn(eps="a"), TypeError, "routed_ffn: `eps` must be a number, got str. Hint"),
+    "eps a tensor": (lambda: ffn(eps=t(1)), TypeError, "`eps` must be a number, got Tensor"),
+    "eps negative": (lambda: ffn(eps=-1e-5), ValueError, "routed_ffn: `eps` must be zero or more, got -1e-05"),
+    "norm eps no number": (
+        lambda: vk.routed_norm(t(9, 4), N, None, L, eps=None), TypeError, "`eps` must be a number, got NoneType"),
+    "scale no number": (lambda: attention(scale="x", **KV), TypeError, "shared_attention: `scale` .* number, got str"),
+    "causal no bool": (lambda: attention(causal="x", **KV), TypeError, "`causal` must be True or False, got 'x'"),
+    "another implementation": (lambda: linear(impl="cuda"), ValueError, "`impl` must be one of auto, .*, got 'cuda'"),
+    "implementation no name": (lambda: linear(impl=[]), ValueError, r"`impl` must be one of auto, .*, got \[\]"),
     "inner norm bias alone": (
         lambda: ffn(inner_norm=([t(6), None], [t(6), t(6)])), ValueError, r"`inner_norm\[1\]\[1\]` needs a weight"),
     "k without v": (lambda: attention(k=t(9, 2, 4)), ValueError, "`k` and `v` must both be given"),
@@ -190,6 +246,21 @@ OP_ERRORS = {
     "bias index not square": (
         lambda: attention(bias=vk.RelativePositionBias(t(7, 2), t(5, 4).long()), **KV), ValueError,
         r"`index` \[N, N\], got \[7, 2\] and \[5, 4\]"),
+    "bias no tensor": (
+        lambda: attention(bias=3.0, **KV), TypeError, "a tensor or a RelativePositionBias, got float"),
+    "bias index above the table": (
+        lambda: attention(bias=vk.RelativePositionBias(t(7, 2), t(5, 5).long() + 9), **KV), ValueError,
+        "RelativePositionBias: `index` must name rows of `table`, 0 to 6, got 9 to 9"),
+    "bias index negative": (  # torch would count from the end
+        lambda: attention(bias=vk.RelativePositionBias(t(7, 2), t(5, 5).long() - 1), **KV), ValueError, "got -1 to -1"),
+    "bias index of floats": (
+        lambda: attention(bias=vk.RelativePositionBias(t(7, 2), t(5, 5)), **KV), ValueError,
+        "`index` must be int32 or int64, got torch.float32"),
+    "bias index elsewhere": (
+        lambda: attention(bias=vk.RelativePositionBias(t(7, 2), t(5, 5, device="meta").long()), **KV), ValueError,
+        "`table` and `index` must be on one device, got cpu and meta"),
+    "bias index no tensor": (
+        lambda: attention(bias=vk.RelativePositionBias(t(7, 2), [[0]]), **KV), TypeError, "`index` must be a tensor"),
     "prefix without causal": (
         lambda: attention(prefix=t(2).int(), **KV), ValueError, "`prefix` needs causal=True, got causal=False"),
     "prefix of another shape": (
@@ -199,7 +270,46 @@ OP_ERRORS = {
         "`prefix` must be int32, got torch.int64"),
     "block of other rows": (lambda: block(t(8, 4)), ValueError, r"mome_block: `x` must be .* got \[8, 4\]"),
     "block heads": (lambda: block(heads=3), ValueError, "mome_block: `heads` must divide the width 4 .* got 3"),
+    "block heads no number": (lambda: block(heads="a"), ValueError, "`heads` must divide the width 4 .* got 'a'"),
+    "block without params": (
+        lambda: vk.mome_block(t(9, 4), None, L), TypeError, "`params` must be MoMEBlockParams, got NoneType"),
+    "block weights no pair": (
+        lambda: block(qkv=([t(12, 4)],)), TypeError, "`params.qkv` must be a pair, weights and biases, got tuple of 1"),
+    "block weights no list": (
+        lambda: block(norm1=(t(4), None)), TypeError, r"`params.norm1\[0\]` must be a list, .* got Tensor"),
+    "block without gamma": (lambda: block(gamma1=None), TypeError, "`params.gamma1` must be a list, .* got NoneType"),
+    "block with an empty list": (lambda: block(gamma2=[]), TypeError, "`params.gamma2` must be .* got an empty one"),
+    "block with a gamma too many": (lambda: block(gamma1=[t(4)] * 2), ValueError, "`gamma` must have 1 entr.* got 2"),
+    "block qkv of another shape": (
+        lambda: block(qkv=([t(8, 4)], [None])), ValueError, r"`params.qkv\[0\]\[0\]` must be \[12, 4\], got \[8, 4\]"),
 }  # fmt: skip
+
+EXPLAIN_ERRORS = {
+    "no op": (lambda: vk.explain(3), ValueError, "explain: `op` must be one of mome_block, .*, got 3"),
+    "block without params": (
+        lambda: vk.explain("mome_block", t(9, 4), None, L), TypeError,
+        "mome_block: `params` must be MoMEBlockParams, got NoneType"),
+    "block without x": (
+        lambda: vk.explain("mome_block", None, params(), L), TypeError, "mome_block: `x` must be a tensor"),
+    "block without layout": (
+        lambda: vk.explain("mome_block", t(9, 4), params(), None), TypeError, "mome_block: `layout` must be"),
+    "x alone": (
+        lambda: vk.explain("routed_ffn", t(9, 4)), TypeError,
+        "after 'routed_ffn' must come what routed_ffn takes, x, w1, .*; missing a required argument: 'w1'"),
+    "block of x alone": (
+        lambda: vk.explain("mome_block", t(9, 4)), TypeError, "what mome_block takes, x, params, .*: 'params'"),
+    "an option of another op": (
+        lambda: vk.explain("routed_linear", t(9, 4), W, None, L, eps=1), TypeError, "unexpected keyword arg.* 'eps'"),
+    "weights missing": (
+        lambda: vk.explain("routed_linear", t(9, 4), None, None, L), ValueError, "`weights` must have at least one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPLAIN_ERRORS)
+def test_explain(name: str) -> None:
+    call, kind, text = EXPLAIN_ERRORS[name]
+    with pytest.raises(kind, match=text):
+        call()
 
 
 @pytest.mark.parametrize("name", LAYOUT_ERRORS)

@@ -106,6 +106,21 @@ def check_dtype(op: str, name: str, t: torch.Tensor, dtype: torch.dtype) -> None
         )
 
 
+def check_number(op: str, name: str, value: float) -> float:
+    """`value` must be a number of Python: that of a tensor would have to be waited for."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: `{name}` must be a number, got {type(value).__name__}. Hint: float(...)")
+    return float(value)
+
+
+def check_eps(op: str, eps: float) -> float:
+    """What a norm adds to the variance."""
+    eps = check_number(op, "eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"{op}: `eps` must be zero or more, got {eps}")
+    return eps
+
+
 def check_epilogue(op: str, x: torch.Tensor, width: int, residual: Optional, row_scale: Optional) -> None:
     """The residual `[T, width]` and the row scale `[T]` of a fused epilogue."""
     if residual is not None:

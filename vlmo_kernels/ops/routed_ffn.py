@@ -88,9 +88,10 @@ def routed_ffn(
         )
     if recompute not in RECOMPUTE:
         raise ValueError(f"{op}: `recompute` must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+    eps = common.check_eps(op, eps)
     weights = _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation)
     common.check_epilogue(op, x, weights.w2[0].shape[0], residual, row_scale)
-    route = layout.route(experts, weights.experts)
+    route = layout.route(experts, weights.experts, op)
     dtype = common.compute_dtype(x)
     if not torch.is_autocast_enabled(x.device.type):
         for name, values in (("w1", weights.w1), ("w2", weights.w2), ("w_up", weights.w_up)):
@@ -119,16 +120,27 @@ def _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation) -
     for name, values in (("w_up", w_up), ("b_up", b_up)):
         if not gated and values is not None:
             raise ValueError(f"{op}: `{name}` must be None with activation={activation!r}, which is not gated")
+    w2 = common.per_expert(op, "w2", w2, count)
+    _check_matrices(op, {"w1": w1, "w2": w2})
     if gated and w_up is None:
         if b_up is not None:
             raise ValueError(f"{op}: `b_up` needs `w_up`; a stacked `w1` has its bias in `b1`")
-        w1, w_up = _halves(op, "w1", w1)
-        b1, b_up = _halves(op, "b1", b1)
+        for e, (first, second, bias) in enumerate(zip(w1, w2, b1)):
+            hidden, dim = second.shape[1], first.shape[1]
+            if first.shape[0] != 2 * hidden:
+                raise ValueError(
+                    f"{op}: activation={activation!r} is gated: `w_up` must have one [{hidden}, {dim}] per expert, as "
+                    f"`w1`, or `w1` be stacked, [{2 * hidden}, {dim}], gate above up; got `w_up` None and `w1[{e}]` "
+                    f"{list(first.shape)} with `w2[{e}]` {list(second.shape)}"
+                )
+            if bias is not None:
+                common.check_shape(op, f"b1[{e}]", bias, (2 * hidden,), x)
+        (w1, w_up), (b1, b_up) = _halves(w1), _halves(b1)
     norm = (None, None) if inner_norm is None else inner_norm
     fields = FFNWeights(
         w1=w1,
         b1=b1,
-        w2=common.per_expert(op, "w2", w2, count),
+        w2=w2,
         b2=common.per_expert(op, "b2", b2, count),
         w_up=common.per_expert(op, "w_up", w_up, count),
         b_up=common.per_expert(op, "b_up", b_up, count),
@@ -136,12 +148,7 @@ def _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation) -
         norm_weight=common.per_expert(op, "inner_norm[0]", norm[0], count),
         norm_bias=common.per_expert(op, "inner_norm[1]", norm[1], count),
     )
-    for name in ("w1", "w2", "w_up") if gated else ("w1", "w2"):
-        for e, t in enumerate(getattr(fields, name)):
-            if not isinstance(t, torch.Tensor) or t.dim() != 2:
-                raise ValueError(
-                    f"{op}: `{name}[{e}]` must be a matrix, got {t if t is None else list(t.shape)}"
-                )
+    _check_matrices(op, {"w_up": fields.w_up if gated else []})
     hidden, width = fields.w1[0].shape[0], fields.w2[0].shape[0]
     shapes = FFNWeights(
         (hidden, x.shape[1]), (hidden,), (width, hidden), (width,), (hidden, x.shape[1]), (hidden,), (width,),
@@ -157,9 +164,15 @@ def _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation) -
     return fields
 
 
-def _halves(op: str, name: str, values):
-    if any(t is not None and t.shape[0] % 2 for t in values):
-        raise ValueError(f"{op}: a gated `{name}` must hold gate and up projection, an even number of rows")
+def _check_matrices(op: str, fields: dict[str, list]) -> None:
+    for name, values in fields.items():
+        for e, t in enumerate(values):
+            if not isinstance(t, torch.Tensor) or t.dim() != 2:
+                given = list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__
+                raise ValueError(f"{op}: `{name}[{e}]` must be a matrix, got {given}")
+
+
+def _halves(values):
     pairs = [(None, None) if t is None else tuple(t.chunk(2)) for t in values]
     return [a for a, _ in pairs], [b for _, b in pairs]
 

@@ -74,7 +74,7 @@ def routed_linear(
             if t is not None:
                 common.check_shape(op, f"{name}[{e}]", t, (width,), x)
     common.check_epilogue(op, x, width, residual, row_scale)
-    route = layout.route(experts, len(ws))
+    route = layout.route(experts, len(ws), op)
     if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
         for e, t in enumerate(ws):
             common.check_dtype(op, f"weights[{e}]", t, dtype)

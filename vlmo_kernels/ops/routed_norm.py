@@ -64,8 +64,7 @@ def routed_norm(
     common.check_rows(op, "x", x, layout)
     if kind not in KINDS:
         raise ValueError(f"{op}: `kind` must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: `eps` must be zero or more, got {eps}")
+    eps = common.check_eps(op, eps)
     ws = common.per_expert(op, "weights", weights, len(weights) if isinstance(weights, Sequence) else 1)
     bs = common.per_expert(op, "biases", biases, len(ws))
     if not ws:
@@ -75,7 +74,7 @@ def routed_norm(
             if t is not None:
                 common.check_shape(op, f"{name}[{e}]", t, (x.shape[1],), x)
     common.check_epilogue(op, x, x.shape[1], residual, None)
-    route = layout.route(experts, len(ws))
+    route = layout.route(experts, len(ws), op)
     impl = select(Request(op, x.device, x.dtype, frozenset({kind})), impl)
     tensors, at = common.encode([ws, bs])
     y, z, _, _ = torch.ops.vlmo_kernels.routed_norm(

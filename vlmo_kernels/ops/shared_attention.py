@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmo_kernels.layout import ModalityLayout
+from vlmo_kernels.runtime.check import checks_on_device
 from vlmo_kernels.runtime.dispatch import Request, implementation, select
 from vlmo_kernels.runtime.library import define
 from vlmo_kernels.runtime.sequences import Sequences
@@ -35,21 +36,43 @@ class RelativePositionBias:
 
     Attributes:
         table: `[R, H]`; gets its gradient.
-        index: integer `[N, N]`, by query and key position.
+        index: int32 or int64 `[N, N]`, by query and key position.
     """
 
     table: torch.Tensor
     index: torch.Tensor
 
     def dense(self) -> torch.Tensor:
-        """`[H, N, N]` in the dtype of the table."""
-        if self.table.dim() != 2 or self.index.dim() != 2 or self.index.shape[0] != self.index.shape[1]:
-            raise ValueError(
-                "RelativePositionBias: `table` must be [R, H] and `index` [N, N], "
-                f"got {list(self.table.shape)} and {list(self.index.shape)}"
-            )
+        """`[H, N, N]` in the dtype of the table.
+
+        Raises:
+            TypeError: `table` or `index` is no tensor.
+            ValueError: other shapes, an index that is not int32 or int64, two devices, or on the host (on a device
+                with `VLMO_KERNELS_CHECK=1`) an index that names no row.
+        """
+        self._check()
         flat = self.table[self.index.reshape(-1)]
         return flat.view(*self.index.shape, self.table.shape[1]).permute(2, 0, 1).contiguous()
+
+    def _check(self) -> None:
+        op, table, index = "RelativePositionBias", self.table, self.index
+        for name, t in (("table", table), ("index", index)):
+            if not isinstance(t, torch.Tensor):
+                raise TypeError(f"{op}: `{name}` must be a tensor, got {type(t).__name__}")
+        if table.dim() != 2 or index.dim() != 2 or index.shape[0] != index.shape[1]:
+            raise ValueError(
+                f"{op}: `table` must be [R, H] and `index` [N, N], got {list(table.shape)} and {list(index.shape)}"
+            )
+        if index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{op}: `index` must be int32 or int64, got {index.dtype}")
+        if table.device != index.device:
+            raise ValueError(f"{op}: `table` and `index` must be on one device, got {table.device} and {index.device}")
+        if index.numel() and checks_on_device(index):
+            low, high = (int(end) for end in index.aminmax())
+            if low < 0 or high >= table.shape[0]:
+                raise ValueError(
+                    f"{op}: `index` must name rows of `table`, 0 to {table.shape[0] - 1}, got {low} to {high}"
+                )
 
 
 def shared_attention(
@@ -94,10 +117,14 @@ def shared_attention(
     heads, head_dim = q.shape[-2:]
     if not packed:
         _check_kv(op, q, k, v, layout)
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: `causal` must be True or False, got {causal!r}")
     dtype = common.compute_dtype(q)
     if isinstance(bias, RelativePositionBias):
         bias = bias.dense()
     if bias is not None:
+        if not isinstance(bias, torch.Tensor):
+            raise TypeError(f"{op}: `bias` must be a tensor or a RelativePositionBias, got {type(bias).__name__}")
         if bias.dim() != 3 or bias.shape[0] != heads or min(bias.shape[1:]) < layout.max_seqlen:
             raise ValueError(
                 f"{op}: `bias` must be [{heads}, N, N] with N at least {layout.max_seqlen} (the layout's "
@@ -112,7 +139,7 @@ def shared_attention(
         if not causal:
             raise ValueError(f"{op}: `prefix` needs causal=True, got causal=False")
         prefix = prefix.contiguous()  # a column of a table, or one number expanded: kernels read it as a table
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = head_dim**-0.5 if scale is None else common.check_number(op, "scale", scale)
     impl = select(Request(op, q.device, dtype), impl)
     seqs = layout.sequences()
     tail = (bias, prefix, seqs.cu_seqlens, seqs.rows, seqs.positions, seqs.max_seqlen, causal, scale, impl)
