@@ -36,6 +36,24 @@ def test_chart_is_a_picture(folder):
     assert width > 800 and height > 400
 
 
+def test_chart_shows_every_caption_to_its_end(tmp_path, monkeypatch):
+    from vlmo_kernels import demo_data
+    from vlmo_kernels.bench import chart
+
+    drawn = []
+    monkeypatch.setattr(chart.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    row = {"dtype": "float32", "contestant": "ours", "median_ms": 1.0, "case": "c", "device": "d"}
+    photos, captions = zip(*demo_data.load_photos())
+    chart.draw(tmp_path / "demo.png", [row], photos, captions)
+    drawn[0].draw_without_rendering()
+    labels = [axis.xaxis.label for axis in drawn[0].axes[: len(photos)]]
+    assert [label.get_text().replace("\n", " ") for label in labels] == list(captions)
+    boxes = [label.get_window_extent() for label in labels]
+    bars = drawn[0].axes[-1].title.get_window_extent()
+    assert all(box.x0 >= 0 and box.x1 <= drawn[0].bbox.x1 and box.y0 >= bars.y1 for box in boxes)
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+
+
 def test_contestants_share_their_parameters():
     model = model_part.build_model("tiny", 600)
     models = model_part.make_contestants(model)

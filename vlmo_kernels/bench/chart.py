@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ _COLOURS = {"published": "#8c8c8c", "sdpa": "#6f9fd8", "compile": "#e0a458", "ou
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], photos: Sequence[Any], captions: Sequence[str]) -> None:
-    """Bars of median times, one panel a dtype, under the photographs they were taken on."""
+    """Bars of median times, one panel a dtype, under the photographs and captions they were taken on."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2.4])
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 2.4])
     for axis, photo, caption in zip(top.subplots(1, len(photos)), photos, captions, strict=True):
         axis.imshow(photo.resize((160, 160)))
-        axis.set_title(_short(caption), fontsize=7)
-        axis.set_axis_off()
+        axis.set(xticks=[], yticks=[], anchor="N")
+        axis.spines[:].set_visible(False)
+        axis.set_xlabel(textwrap.fill(caption, 24), fontsize=7)
     for axis, dtype in zip(bottom.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
         group = [row for row in rows if row["dtype"] == dtype]
         base = group[0]["median_ms"]
@@ -42,7 +44,3 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], photos: Sequence[Any], capt
         bottom.supxlabel(f"{rows[0]['case']}, {rows[0]['device']}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-
-
-def _short(caption: str, width: int = 24) -> str:
-    return caption if len(caption) <= width else caption[: width - 3].rstrip() + "..."
