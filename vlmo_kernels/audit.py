@@ -228,7 +228,7 @@ def _run(*command: Any) -> subprocess.CompletedProcess:
 
 def table(rows: Sequence[AuditRow]) -> str:
     """The rows as plain text, breaches marked at the end of their line."""
-    head = ("configuration", "sm", "regs", "spill", "shared", "HGMMA", "UTCHMMA", "HMMA", "ahead", "")
+    head = ("configuration", "sm", "regs", "spill", "shared", "HGMMA", "UTCHMMA", "HMMA", "ahead", "remark")
     lines = [head]
     for row in rows:
         remark = f"BREACH: {row.breach}" if row.breach else row.note

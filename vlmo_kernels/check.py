@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from .bench import eager, probe
-from .bench.display import progress, table
+from .bench.display import each_reason_once, progress, table
 from .bench.error import FLOOR_EPS, MAX_FACTOR, RMS_FACTOR, Verdict, error_of, judge, rms, worst
 from .runtime.dispatch import IMPLEMENTATIONS
 
@@ -69,14 +69,14 @@ def run(device: str = "", ops: Sequence[str] = (), dtypes: Sequence[str] = (), c
     plan = [
         (d, op, impl, name) for d in devices for op in ops or probe.OPS for impl in IMPLEMENTATIONS for name in chosen
     ]
-    lines, failures, checks = [], [], 0
+    lines, not_here, failures, checks = [], [], [], 0
     with progress("check", len(plan)) as bar:
         for device_, op, impl, name in plan:
             bar.step(f"{op}, {impl}, {name}, {device_}")
             why = _why_not(op, impl, device_, chosen[name])
             where = [op, impl, name, device_]
             if why:
-                lines.append([*where, "-", "-", f"not here: {why}"])
+                not_here.append((f"not tried: {impl} on {device_}", f"{op} {name}", why))
                 continue
             tried = [CASES[case] for case in cases or CASES]
             found = check_op(op, impl, chosen[name], tried, device_)
@@ -87,9 +87,10 @@ def run(device: str = "", ops: Sequence[str] = (), dtypes: Sequence[str] = (), c
             share = closest.max_err / closest.max_allowed if closest.max_allowed else 0.0
             said = f"{len(bad)} of {len(found)} FAILED" if bad else f"{len(found)} ok"
             lines.append([*where, f"{closest.max_err:.1e}", f"{share:.0%}", said])
+    notes = each_reason_once(not_here, len(ops or probe.OPS) * len(chosen))
     columns = ["op", "implementation", "dtype", "device", "max error", "of allowed", "results"]
     rule = f"{MAX_FACTOR:g}x (largest) and {RMS_FACTOR:g}x (RMS) of the error of eager torch in the same dtype"
-    table("check: output and every gradient against fp64", columns, lines, f"allowed: {rule}")
+    table("check: output and every gradient against fp64", columns, lines, f"allowed: {rule}", notes)
     print("\n".join(failures) if failures else f"{checks} checks, all passed")
     return int(bool(failures) or not checks)
 

@@ -53,8 +53,9 @@ def _info() -> int:
     for name, value in environment.report():
         print(f"{name:>20}: {value}")
     try:
-        found = environment.implementations()
-        display.table("\nimplementations", ["op", "on", "runs", "why not the others"], found)
+        found, notes = environment.implementations()
+        print()
+        display.table("implementations", ["op", "device", "dtypes", "runs"], found, notes=notes)
     except Exception as error:  # the report must end, whatever the installation is like
         print(f"{'implementations':>20}: could not be told ({type(error).__name__}: {error})")
     return 0

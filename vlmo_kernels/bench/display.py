@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+_WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def table(
@@ -23,7 +27,15 @@ def table(
     kept = [i for i in range(len(columns)) if not rows or any(row[i] not in ("", "-") for row in rows)]
     _draw(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows], caption)
     for whose, text in notes:
-        print(f"  {whose}: {text}")
+        print(textwrap.fill(f"{whose}: {text}", 100, initial_indent="  ", subsequent_indent="    ", **_WHOLE_WORDS))
+
+
+def each_reason_once(found: Sequence[tuple[str, str, str]], places: int) -> list[tuple[str, str]]:
+    """Notes for a table from (whose, where, why); a reason that holds in all of the `places` names none of them."""
+    where = defaultdict(list)
+    for whose, place, why in found:
+        where[whose, why].append(place)
+    return [(w if len(at) == places else f"{w}, {', '.join(at)}", why) for (w, why), at in where.items()]
 
 
 def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
@@ -35,7 +47,7 @@ def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], cap
         _plain(title, columns, rows, caption)
         return
     # Without a terminal rich assumes 80 columns and folds every cell.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     drawn = Table(title=escape(title), caption=escape(caption) or None, title_justify="left", caption_justify="left")
     for i, name in enumerate(columns):
         drawn.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")

@@ -8,10 +8,14 @@ import platform
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
+
+from .display import each_reason_once
 
 _PACKAGES = ("torch", "triton", "xformers", "torchscale")
 
@@ -164,20 +168,22 @@ def report() -> list[tuple[str, str]]:
     return lines
 
 
-def implementations() -> list[tuple[str, str, str, str]]:
-    """(op, device and dtype, implementation, why not the others) for every op."""
+def implementations() -> tuple[list[tuple[str, str, str, str]], list[tuple[str, str]]]:
+    """(op, device, dtypes, implementation) for every op, and notes: which do not run there, and why."""
     from vlmo_kernels.bench.probe import EXPLAINED_OPS, explain_op
 
     devices = ["cpu"] + (["cuda"] if _line(torch.cuda.is_available) == "True" else [])
-    rows = []
-    for op in EXPLAINED_OPS:
-        for device in devices:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                where = f"{device} {str(dtype).removeprefix('torch.')}"
-                try:
-                    found = explain_op(op, device, dtype)
-                    why = "; ".join(f"not {name}: {reason}" for name, reason in found.rejected.items())
-                    rows.append((op, where, found.chosen or "none", why))
-                except Exception as error:  # a report that stops halfway helps nobody
-                    rows.append((op, where, "unknown", f"{type(error).__name__}: {error}"))
-    return rows
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    runs, reasons = defaultdict(list), []
+    for op, device, dtype in product(EXPLAINED_OPS, devices, dtypes):
+        short = str(dtype).removeprefix("torch.")
+        try:
+            found = explain_op(op, device, dtype)
+            chosen, rejected = found.chosen or "none", found.rejected
+            reasons += [(f"not {name} on {device}", f"{op} {short}", why) for name, why in rejected.items()]
+        except Exception as error:  # a report that stops halfway helps nobody
+            chosen = "unknown"
+            reasons.append((f"{chosen} on {device}", f"{op} {short}", f"{type(error).__name__}: {error}"))
+        runs[op, device, chosen].append(short)
+    rows = [(op, device, ", ".join(names), chosen) for (op, device, chosen), names in runs.items()]
+    return rows, each_reason_once(reasons, len(EXPLAINED_OPS) * len(dtypes))

@@ -28,8 +28,9 @@ FLOOR_EPS = {
 def hint(device: str) -> str:
     """What to do about an implementation of ours that errs."""
     return (
-        f"Hint: `vlmo-kernels check --device {device}` names the op, implementation and dtype that err; "
-        "impl=\"reference\" is right by definition. Please report it with the output of `vlmo-kernels info`."
+        f"Hint: `vlmo-kernels check --device {device}` tries every op on small inputs and names what errs; it may "
+        "pass where a fault takes the inputs of this run to be seen. impl=\"reference\" is right by definition. "
+        "Please report it with the output of `vlmo-kernels info`."
     )
 
 

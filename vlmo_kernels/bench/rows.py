@@ -101,10 +101,10 @@ def compare(base: Sequence[dict], head: Sequence[dict], threshold: float) -> lis
     Only rows with the same suite, case, contestant, pass, dtype and device are compared; the baselines' drift
     tells how far two runs can be compared at all.
     """
-    before = {tuple(row[k] for k in KEY): row for row in base}
+    before = {_key(row): row for row in base}
     found = []
     for row in head:
-        other = before.get(tuple(row[k] for k in KEY))
+        other = before.get(_key(row))
         if other is None:
             continue
         ratio = row["median_ms"] / other["median_ms"] if other["median_ms"] else float("inf")
@@ -114,3 +114,13 @@ def compare(base: Sequence[dict], head: Sequence[dict], threshold: float) -> lis
             | {"regression": ratio > threshold}
         )
     return found
+
+
+def only_in(rows: Sequence[dict], others: Sequence[dict]) -> list[dict]:
+    """The rows that have no counterpart among the others."""
+    there = {_key(row) for row in others}
+    return [row for row in rows if _key(row) not in there]
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row[k] for k in KEY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,13 +135,26 @@ def _print(suite, case, dtype, pass_, results: Sequence[Result], eager: str) -> 
     table(f"{suite}, {case}, {_short(dtype)}, {pass_}", columns, lines, caption, [n for n in notes if n[1]])
 
 
+def _alone(whose: str, here: Sequence[dict], there: Sequence[dict]) -> list[tuple[str, str]]:
+    """Notes on the rows that only one of two files has: a line a device, case, pass and dtype."""
+    contestants = defaultdict(list)
+    for r in rows.only_in(here, there):
+        contestants[r["device"], f"{r['suite']} {r['case']}, {r['pass']}, {r['dtype']}"].append(r["contestant"])
+    devices = {r["device"] for r in (*here, *there)}
+    return [
+        (whose, f"{what}: {', '.join(names)}" + (f", on {device}" if len(devices) > 1 else ""))
+        for (device, what), names in contestants.items()
+    ]
+
+
 def compare(base: Path, head: Path, threshold: float = 1.1) -> int:
-    """Print two results files side by side; 1 on a regression.
+    """Print two results files side by side, and what only one of them has; 1 on a regression.
 
     Raises:
         ValueError: a file has no rows of this schema, or the two have none in common.
     """
-    found = rows.compare(rows.read(base), rows.read(head), threshold)
+    before, after = rows.read(base), rows.read(head)
+    found = rows.compare(before, after, threshold)
     if not found:
         raise ValueError(
             f"compare: '{base}' and '{head}' must have rows of the same suite, case, contestant, pass, dtype and "
@@ -153,5 +167,8 @@ def compare(base: Path, head: Path, threshold: float = 1.1) -> int:
         ]
         for r in found
     ]  # fmt: skip
-    table(f"head / base, threshold {threshold:g}", ["row", "pass", "dtype", "base", "head", "ratio", "note"], lines)
+    table(
+        f"head / base, threshold {threshold:g}", ["row", "pass", "dtype", "base", "head", "ratio", "note"], lines,
+        notes=_alone(f"only in base, {base}", before, after) + _alone(f"only in head, {head}", after, before),
+    )  # fmt: skip
     return int(any(r["regression"] for r in found))

@@ -125,7 +125,7 @@ def run(
         save(path, arch, device, settled)
         lines.append(_line(job, entry, remark))
         print(f"[{time.perf_counter() - begun:5.1f} s] {job.problem}: {lines[-1][1]}", flush=True)
-    table(f"{environment.device_name(device)}", ["launch", "configuration", "time", "heuristics", ""], lines)
+    table(f"{environment.device_name(device)}", ["launch", "configuration", "time", "heuristics", "remark"], lines)
     print(f"wrote {path}" if settled else "nothing was settled, nothing is written")
     return 0 if settled else 1
 
