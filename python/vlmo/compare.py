@@ -152,7 +152,8 @@ def run(out: Path, setup: Setup, results: Path | None = None, seed: int = 0, nam
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(result, indent=1) + "\n")
     draw(result, out / f"{SUITE}.png")
-    bench.table("VLMo and what it is compared with", *rows_of(result), notes_of(result))
+    models = [(name, found["title"]) for name, found in result["contestants"].items()]
+    bench.table("VLMo and what it is compared with", *rows_of(result), notes_of(result), models)
     note = "* computed from the largest N measured"
     bench.table("Seconds to rank N images for each of N texts", *times_of(result), note)
     print(f"{out / f'{SUITE}.json'}, {out / f'{SUITE}.png'}")
@@ -365,8 +366,8 @@ def rows_of(result: dict) -> tuple[list[str], list[list[str]]]:
     large, few = setup["large_gallery"], setup["gallery"]
     largest = max(setup["sizes"])
     columns = [
-        "model", "parameters", "training, CPU s", f"text to image R@1 of {few}", f"image to text R@1 of {few}",
-        f"R@1 of {large}, both ways", f"{largest} x {largest}, s", "questions right",
+        "model", "parameters", "training, s", f"to image, R@1 of {few}", f"to text, R@1 of {few}",
+        f"both, of {large}", f"{largest} x {largest}, s", "questions",
     ]  # fmt: skip
     rows = []
     for name, found in result["contestants"].items():
@@ -374,9 +375,9 @@ def rows_of(result: dict) -> tuple[list[str], list[list[str]]]:
         both = f"{recalled['t2i_r1_large']:.3f}, {recalled['i2t_r1_large']:.3f}" if "t2i_r1_large" in recalled else ""
         of = "vlmo" if name == "vlmo_scratch" else name
         ways = [t for t in timings if t["way"].startswith(f"{of},") and t["n"] == largest]
-        cells = [f"{t['seconds']:.3g}" + ("" if t["measured"] else " (computed)") for t in ways[:1]]
+        cells = [f"{t['seconds']:.3g}" + ("" if t["measured"] else " *") for t in ways[:1]]
         rows.append([
-            found["title"], f"{found['parameters'] / 1e6:.2f} M", f"{found['training_cpu_seconds']:.0f}",
+            name, f"{found['parameters'] / 1e6:.2f} M", f"{found['training_cpu_seconds']:.0f}",
             f"{recalled['t2i_r1']:.3f}", f"{recalled['i2t_r1']:.3f}", both, "".join(cells),
             f"{found['questions']['accuracy']:.3f}",
         ])  # fmt: skip
@@ -402,9 +403,10 @@ def notes_of(result: dict) -> str:
     majority = next(iter(result["contestants"].values()))["questions"]["majority"]
     return (
         f"{vision + language + both} steps of {setup['batch_size']} for each ({vision} + {language} + {both} for the "
-        f"three stages), {result['precision']}, then {setup['question_steps']} steps on questions. Held-out meanings; "
-        f"chance is {1 / setup['gallery']:.3f} for recall, the commonest answer is right in {majority:.3f}. The fusion "
-        "encoder ranks by all pairs; its time is computed where measuring would take too long."
+        f"three stages; seconds of CPU), {result['precision']}, then {setup['question_steps']} steps on questions. "
+        f"Held-out meanings; chance is {1 / setup['gallery']:.3f} for recall, the commonest answer is right in "
+        f"{majority:.3f}. The fusion encoder ranks by all pairs; its time is computed (*) where "
+        "measuring would take too long."
     )
 
 

@@ -25,7 +25,7 @@ def towers(fusion_layers: int) -> Towers:
     return Towers(CONFIG, fusion_layers)
 
 
-def test_everything_is_trained_measured_and_drawn(tmp_path) -> None:
+def test_everything_is_trained_measured_and_drawn(tmp_path, capsys) -> None:
     run(tmp_path, SMALLEST, tmp_path / "results" / "vlmo_compare.json")
     result = json.loads((tmp_path / "results" / "vlmo_compare.json").read_text())
     assert list(result["contestants"]) == list(TITLES)
@@ -35,6 +35,9 @@ def test_everything_is_trained_measured_and_drawn(tmp_path) -> None:
     }  # fmt: skip
     for columns, rows in (rows_of(result), times_of(result)):
         assert all(len(row) == len(columns) for row in rows) and len(rows) == 5
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 120 for line in shown.splitlines() if "│" in line)
+    assert all(f"  {name}: {title}" in shown for name, title in TITLES.items())
     assert (tmp_path / "vlmo_compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
