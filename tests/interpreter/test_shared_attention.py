@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from tests.common.attention import Case, Problem, check
 from tests.common.numerics import assert_close_as_eager
 from tests.common.red_zone import red_zones
-from vlmo_kernels import ModalityLayout
+from vlmo_kernels import ModalityLayout, shared_attention
 from vlmo_kernels.kernels import shared_attention as kernels
 
 ARCHS = (80, 90, 100, 120)
@@ -181,3 +181,9 @@ def test_every_head_dim_has_a_configuration(head_dim: int, itemsize: int) -> Non
     for kernel in ("fwd", "dq", "dkdv", "dbias"):
         for arch in ARCHS:
             assert kernels.config_for(kernel, itemsize, head_dim, 500, bias=True, arch=arch)
+
+
+def test_a_wider_head_is_refused() -> None:
+    layout = ModalityLayout.from_lengths({"text": [2], "image": 3})
+    with pytest.raises(NotImplementedError, match="at most 256 elements, got 264"):
+        shared_attention(torch.zeros(5, 3, 1, 264), None, None, layout, impl="triton")

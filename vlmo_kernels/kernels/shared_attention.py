@@ -23,7 +23,7 @@ from .attention_bwd import (
 from .attention_fwd import attention_fwd_kernel
 
 LOG2E = 1.4426950408889634
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # the largest of the tables below
 Optional = torch.Tensor | None
 
 
@@ -130,6 +130,11 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.shared_attention.forward`; dead rows of both results are left unset."""
     tokens, heads, head_dim = q.shape
+    if head_dim > MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"shared_attention: heads of at most {MAX_HEAD_DIM} elements, got {head_dim}. "
+            'Hint: impl="reference" takes any width.'
+        )
     batch = seqs.cu_seqlens.shape[0] - 1
     o = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
