@@ -166,7 +166,7 @@ def test_double_backward_raises(name: str) -> None:
     (grad,) = torch.autograd.grad(
         problem.ours(leaves, case, case.layout(), "reference")[0].square().sum(), x, create_graph=True
     )
-    with pytest.raises(NotImplementedError, match=f"{problem.op}.*: double backward is not implemented"):
+    with pytest.raises(NotImplementedError, match=f"{problem.op}: double backward is not implemented"):
         grad.sum().backward()
 
 

@@ -269,6 +269,9 @@ OP_ERRORS = {
         lambda: attention(prefix=t(2).long(), causal=True, **KV), ValueError,
         "`prefix` must be int32, got torch.int64"),
     "block of other rows": (lambda: block(t(8, 4)), ValueError, r"mome_block: `x` must be .* got \[8, 4\]"),
+    "block gamma of experts that share a weight": (
+        lambda: block(gamma1=[t(4), t(4)], experts={"text": 0, "image": 1}), ValueError,
+        "routed_linear: `gamma` must have 1 entries, one per expert, got 2"),
     "block heads": (lambda: block(heads=3), ValueError, "mome_block: `heads` must divide the width 4 .* got 3"),
     "block heads no number": (lambda: block(heads="a"), ValueError, "`heads` must divide the width 4 .* got 'a'"),
     "block without params": (

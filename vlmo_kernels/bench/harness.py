@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -313,11 +313,3 @@ def peak_bytes(call: Callable[[], object]) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-@contextlib.contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """The same random numbers whatever ran before, and none of them missing afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -49,13 +49,13 @@ def forward(
     Args:
         x: `[T, D]`, fp32, bf16 or fp16; rows may be any stride apart.
         weights: see `FFNWeights`; of the dtype of x, gamma and the norm's weights may be fp32.
-        residual: `[T, D]`, any floating dtype, or None.
+        residual: `[T, D_out]`, any floating dtype, or None.
         row_scale: fp32 `[T]` (DropPath, Huang et al. 2016) or None.
         eps: of the inner LayerNorm.
         save: also return the pre-activations, `[T, F]` in the dtype of x.
 
     Returns:
-        `y` `[T, D]` in the dtype of the residual, else of x; the pre-activation of the (gate) layer; that of the up
+        `y` `[T, D_out]` in the dtype of the residual, else of x; the pre-activation of the (gate) layer; that of the up
         layer (gated activations). Dead rows are unspecified.
     """
     hidden, pre, up = _first(x, weights, route, activation, save)

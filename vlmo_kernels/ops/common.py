@@ -144,7 +144,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def cast(values: Sequence[Optional], dtype: torch.dtype) -> list[Optional]:
-    """Cast under autocast as eager torch would: weights to the compute dtype, kept apart from fp64."""
+    """In the compute dtype: weights under autocast, biases and inner norms at all times."""
     return [None if t is None else t.to(dtype) for t in values]
 
 
@@ -181,7 +181,7 @@ def register_backward(name: str, backward, meta) -> None:
 
 def _no_double_backward(name: str):
     def backward(ctx, *grads):
-        op = name.removesuffix("_backward")
+        op = name.removesuffix("_backward").removesuffix("_packed")
         raise NotImplementedError(f"{op}: double backward is not implemented")
 
     return backward

@@ -135,8 +135,8 @@ def _check(x: torch.Tensor, p: MoMEBlockParams, layout: ModalityLayout) -> None:
 
 
 def _for_all(gammas: Tensors, like: Tensors) -> list[torch.Tensor | None]:
-    """One entry for every expert of `like`."""
-    return list(gammas) * (len(like) if len(gammas) == 1 else 1)
+    """One entry for every expert of `like`; a single one serves all."""
+    return list(gammas) * len(like) if len(gammas) == 1 else list(gammas)
 
 
 def calls(given: Mapping[str, Any]) -> list[tuple[str, tuple, dict]]:

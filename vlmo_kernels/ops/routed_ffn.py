@@ -78,6 +78,7 @@ def routed_ffn(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `experts` misses a modality.
         TypeError: an argument of another kind.
+        NotImplementedError: `row_scale` requires a gradient.
         RuntimeError: no implementation can run here.
     """
     op = "routed_ffn"

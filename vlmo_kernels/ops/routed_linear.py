@@ -57,6 +57,7 @@ def routed_linear(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `experts` misses a modality.
         TypeError: an argument of another kind.
+        NotImplementedError: `row_scale` requires a gradient.
         RuntimeError: no implementation can run here.
     """
     op = "routed_linear"
@@ -75,7 +76,7 @@ def routed_linear(
                 common.check_shape(op, f"{name}[{e}]", t, (width,), x)
     common.check_epilogue(op, x, width, residual, row_scale)
     route = layout.route(experts, len(ws), op)
-    if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if not torch.is_autocast_enabled(x.device.type):
         for e, t in enumerate(ws):
             common.check_dtype(op, f"weights[{e}]", t, dtype)
     impl = select(Request(op, x.device, dtype), impl)

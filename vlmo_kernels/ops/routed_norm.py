@@ -58,6 +58,7 @@ def routed_norm(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `experts` misses a modality.
         TypeError: an argument of another kind.
+        NotImplementedError: rows of more than 16384 elements in Triton.
         RuntimeError: no implementation can run here.
     """
     op = "routed_norm"

@@ -105,6 +105,7 @@ def shared_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
         TypeError: an argument of another kind.
+        NotImplementedError: heads of more than 256 elements in Triton.
         RuntimeError: no implementation can run here.
     """
     op = "shared_attention"

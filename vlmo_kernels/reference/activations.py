@@ -7,9 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-PLAIN = ("gelu", "gelu_tanh", "relu", "silu")
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
-ACTIVATIONS = (*PLAIN, *GATED)
 
 
 def activate(kind: str, z: torch.Tensor) -> torch.Tensor:

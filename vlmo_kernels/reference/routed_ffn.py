@@ -30,13 +30,13 @@ def forward(
     Args:
         x: `[T, D]`.
         weights: see `FFNWeights`.
-        residual: `[T, D]`, any floating dtype, or None.
+        residual: `[T, D_out]`, any floating dtype, or None.
         row_scale: fp32 `[T]` (DropPath, Huang et al. 2016) or None.
         eps: of the inner LayerNorm.
         save: also return the pre-activations, `[T, F]` in the dtype of `x`.
 
     Returns:
-        `y` `[T, D]` in the dtype of the residual, else of `x`; the pre-activation of the (gate) layer;
+        `y` `[T, D_out]` in the dtype of the residual, else of `x`; the pre-activation of the (gate) layer;
         that of the up layer (gated activations). Rows past the live ones are zero.
     """
     wide = working(x.dtype)

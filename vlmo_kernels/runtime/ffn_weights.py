@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 class FFNWeights(NamedTuple):
     """Lists of equal length, one entry per expert; None where an expert has no such weight.
 
-    `w1` is `[F, D]`, `w2` is `[D, F]`. Gated activations add the up projection `w_up` `[F, D]` and use
-    `w1` as the gate. `gamma` `[D]` is LayerScale, `norm_weight` and `norm_bias` `[F]` an inner LayerNorm
+    `w1` is `[F, D]`, `w2` is `[D_out, F]`. Gated activations add the up projection `w_up` `[F, D]` and use
+    `w1` as the gate. `gamma` `[D_out]` is LayerScale, `norm_weight` and `norm_bias` `[F]` an inner LayerNorm
     on the hidden activations. The same tuple carries gradients, and flags that say which are wanted.
     """
 
