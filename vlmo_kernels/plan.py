@@ -48,11 +48,19 @@ def plan(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple
         int32 `cu_seqlens [B + 1]`, `rows [B*N]`, `positions [B*N]`, `sample_of_row [B*N]`,
         `group_offsets [2 * modalities + 1]`, `row_of_token [B*N]` (-1 for padding).
     """
+    if not torch.compiler.is_compiling():
+        _check_size(ids)
     return torch.ops.vlmo_kernels.plan(ids, mask, modalities)
+
+
+def _check_size(ids: torch.Tensor) -> None:
+    if ids.numel() >= 2**31 - 1:  # the tables are int32
+        raise ValueError(f"ModalityLayout: ids must have fewer than 2**31 - 1 entries, got {list(ids.shape)}")
 
 
 def plan_in_torch(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple[torch.Tensor, ...]:
     """See `plan`; two stable sorts and a few sums."""
+    _check_size(ids)
     batch, length = ids.shape
     groups = group_count(modalities)
     ids = ids.long()
@@ -91,7 +99,7 @@ def plan_in_torch(ids: torch.Tensor, mask: torch.Tensor | None, modalities: int)
 def _plan_compiled(ops, ids: torch.Tensor, mask: torch.Tensor | None, modalities: int) -> tuple[torch.Tensor, ...]:
     """By the compiled planner where it is built and takes the arguments; the tables are the same."""
     op = getattr(ops, "plan", None)
-    if op is None or modalities > _MOST_COMPILED or ids.numel() >= 2**31 - 1:
+    if op is None or modalities > _MOST_COMPILED:
         return plan_in_torch(ids, mask, modalities)
     if ids.dtype not in (torch.int32, torch.int64):
         ids = ids.long()

@@ -78,6 +78,9 @@ LAYOUT_ERRORS = {
         r"`ids` must be integer \[B, N\], got torch.float32 \[2, 3\]"),
     "ids of one dimension": (
         lambda: LAYOUT.from_modality_ids(torch.zeros(3).long(), modalities=["a"]), ValueError, r"got .* \[3\]"),
+    "ids beyond int32": (
+        lambda: LAYOUT.from_modality_ids(torch.zeros(2, 2**30, dtype=torch.int8, device="meta"), modalities=["a"]),
+        ValueError, r"fewer than 2\*\*31 - 1 entries, got \[2, 1073741824\]"),
     "ids out of range": (
         lambda: LAYOUT.from_modality_ids(ids([0, 2]), modalities=["a", "b"]), ValueError,
         "ids must be below 2 .*'a', 'b'.*got 2"),
