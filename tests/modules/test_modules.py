@@ -74,6 +74,28 @@ def test_routed_ffn(activation):
     assert ("text.fc_up.weight" in m.state_dict()) == (activation == "swiglu")
 
 
+@pytest.mark.parametrize(
+    "module", [RoutedFFN(8, 16), RoutedLinear(8, 4), RoutedNorm(8)], ids=lambda m: type(m).__name__
+)
+def test_a_modality_has_the_expert_of_its_name(module):
+    """In whatever order a layout has them, and where it lacks one; other names are taken by order."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    text, image = torch.randn(3, 8), torch.randn(4, 8)
+
+    def rows(**parts: torch.Tensor) -> dict[str, torch.Tensor]:
+        layout = ModalityLayout.from_lengths({name: len(part) for name, part in parts.items()})
+        return layout.unpack_modalities(module(layout.pack(parts), layout))
+
+    usual = rows(text=text, image=image)
+    for other in (rows(image=image, text=text), rows(text=text), rows(image=image)):
+        for name, part in other.items():
+            torch.testing.assert_close(part, usual[name])
+    renamed = rows(words=text, picture=image)
+    torch.testing.assert_close(renamed["words"], usual["text"])
+    torch.testing.assert_close(renamed["picture"], usual["image"])
+
+
 def test_dropout_stands_before_the_residual():
     m, x = randomise(RoutedFFN(16, 32, dropout=0.5)).train(), rows()
     branch = m(x, LAYOUT, residual=x) - x

@@ -24,7 +24,8 @@ class MoMEBlock(nn.Module):
         dim, heads: width and number of heads.
         hidden: width of the feed-forward networks, `4 * dim` by default.
         names: name of every expert.
-        experts: modality or group to expert; by default the i-th modality has expert i.
+        experts: modality or group to expert; by default a modality has the expert of its name, or, where one has
+            none, the i-th modality has expert i.
         layer_scale: initial value of gamma (Touvron et al. 2021), or None for no LayerScale.
         drop_path: probability of dropping a branch, drawn per sample (attention) and per sample and
             modality (feed-forward).

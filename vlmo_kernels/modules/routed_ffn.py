@@ -10,6 +10,8 @@ from vlmo_kernels.ops import routed_ffn
 from vlmo_kernels.ops.routed_ffn import GATED
 from vlmo_kernels.runtime.dispatch import check_impl
 
+from .experts import experts_by_name
+
 
 class Mlp(nn.Module):
     """The two layers of one expert, with the parameter names of timm's and VLMo's `Mlp`."""
@@ -29,7 +31,8 @@ class RoutedFFN(nn.Module):
     Args:
         dim, hidden: widths `D` and `F`.
         names: name of every expert; the i-th is expert i.
-        experts: modality or group to expert; by default the i-th modality has expert i.
+        experts: modality or group to expert; by default a modality has the expert of its name, or, where one has
+            none, the i-th modality has expert i.
         activation: see `vlmo_kernels.routed_ffn`.
         dropout: probability, on the output of the branch, before the residual.
         recompute: see `vlmo_kernels.routed_ffn`.
@@ -76,7 +79,7 @@ class RoutedFFN(nn.Module):
             [m.fc2.weight for m in mlps],
             [m.fc2.bias for m in mlps],
             layout,
-            self.experts,
+            experts_by_name(self.names, self.experts, layout),
             activation=self.activation,
             w_up=[m.fc_up.weight for m in mlps] if gated else None,
             b_up=[m.fc_up.bias for m in mlps] if gated else None,

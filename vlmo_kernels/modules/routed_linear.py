@@ -9,6 +9,8 @@ from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import routed_linear
 from vlmo_kernels.runtime.dispatch import check_impl
 
+from .experts import experts_by_name
+
 
 class RoutedLinear(nn.Module):
     """One `nn.Linear` per expert, on packed rows.
@@ -16,7 +18,8 @@ class RoutedLinear(nn.Module):
     Args:
         in_features, out_features: as in `nn.Linear`.
         names: name of every expert's layer; the i-th is expert i. Parameters are `<name>.weight`, `<name>.bias`.
-        experts: modality or group to expert; by default the i-th modality has expert i.
+        experts: modality or group to expert; by default a modality has the expert of its name, or, where one has
+            none, the i-th modality has expert i.
         bias: whether the layers have one.
 
     Shape:
@@ -50,9 +53,10 @@ class RoutedLinear(nn.Module):
         """See `vlmo_kernels.routed_linear`."""
         layers = [getattr(self, name) for name in self.names]
         return routed_linear(
-            x, [m.weight for m in layers], [m.bias for m in layers], layout, self.experts,
+            x, [m.weight for m in layers], [m.bias for m in layers], layout,
+            experts_by_name(self.names, self.experts, layout),
             gamma=gamma, residual=residual, row_scale=row_scale, impl=self.impl,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"experts={self.experts or dict.fromkeys(self.names, 'by order')}, impl={self.impl!r}"
+        return f"names={self.names}, experts={self.experts}, impl={self.impl!r}"

@@ -9,6 +9,8 @@ from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import routed_norm
 from vlmo_kernels.runtime.dispatch import check_impl
 
+from .experts import experts_by_name
+
 
 class RoutedNorm(nn.Module):
     """One norm per expert, on packed rows. Parameters are `<name>.weight` and, for "layer", `<name>.bias`.
@@ -16,7 +18,8 @@ class RoutedNorm(nn.Module):
     Args:
         dim: width `D`.
         names: name of every expert's norm; the i-th is expert i.
-        experts: modality or group to expert; by default the i-th modality has expert i.
+        experts: modality or group to expert; by default a modality has the expert of its name, or, where one has
+            none, the i-th modality has expert i.
         kind: "layer", "rms" or "rms1p".
         eps: added to the variance.
 
@@ -47,7 +50,7 @@ class RoutedNorm(nn.Module):
         norms = [getattr(self, name) for name in self.names]
         biases = [m.bias for m in norms] if self.kind == "layer" else None
         return routed_norm(
-            x, [m.weight for m in norms], biases, layout, self.experts,
+            x, [m.weight for m in norms], biases, layout, experts_by_name(self.names, self.experts, layout),
             kind=self.kind, eps=self.eps, residual=residual, impl=self.impl,
         )  # fmt: skip
 
