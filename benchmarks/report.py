@@ -59,7 +59,7 @@ def table(path: Path) -> str:
     heads = ["case", "dtype", "pass", *(["useful GFLOP", "ceiling, GFLOP/s"] if rated else []), *contestants]
     out = [
         f"**{first['suite']}** on {first['device']}, `{path.relative_to(HERE.parent).as_posix()}`, commit "
-        f"{first['commit'][:10]} ({versions}). Median milliseconds of {first['rounds']} interleaved rounds; in "
+        f"{short(first['commit'])} ({versions}). Median milliseconds of {first['rounds']} interleaved rounds; in "
         f"brackets how many times faster than `compile` (or than the first contestant where there is none){share}.",
         "",
         "| " + " | ".join(heads) + " |",
@@ -71,6 +71,12 @@ def table(path: Path) -> str:
         cells += [cell(found.get(c), base) for c in contestants]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def short(commit: str | None) -> str:
+    """Ten digits, and whether the tree had local changes."""
+    name, *dirty = (commit or "").split("-")
+    return "-".join([name[:10], *dirty])
 
 
 def rate_cells(row: dict) -> list[str]:
@@ -102,7 +108,7 @@ def compared(path: Path) -> str:
     majority = next(iter(found.values()))["questions"]["majority"]
     large, sizes = setup["large_gallery"], setup["sizes"]
     lines = [
-        f"On {result['device']}, `{path.relative_to(HERE.parent).as_posix()}`, commit {(result['commit'] or '')[:10]} "
+        f"On {result['device']}, `{path.relative_to(HERE.parent).as_posix()}`, commit {short(result['commit'])} "
         f"({versions}). Steps of {setup['batch_size']} pairs: {' + '.join(map(str, setup['steps']))} for the three "
         f"stages, {sum(setup['steps'])} for every other model, in {result['precision']}; then "
         f"{setup['question_steps']} steps on questions. Recall@1 of {setup['gallery']} held-out pictures (chance "

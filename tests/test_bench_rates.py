@@ -103,6 +103,14 @@ def test_files_of_before_are_read(tmp_path):
             rows.validate(wrong)
 
 
+def test_a_regression_is_one_of_ours():
+    before, now = [row(), row(contestant="compile")], [row(times_ms=[40.0]), row(contestant="compile", times_ms=[40.0])]
+    assert [r["regression"] for r in rows.compare(before, now, 1.1)] == [True, False]
+    assert not any(r["regression"] for r in rows.compare(now, before, 1.1))
+    with pytest.raises(ValueError, match="`threshold` must be at least 1, got 0.5"):
+        rows.compare(before, now, 0.5)
+
+
 def test_the_report_shows_the_share_where_it_was_measured(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
     report = importlib.util.module_from_spec(spec)

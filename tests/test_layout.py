@@ -324,3 +324,20 @@ def test_repr_is_readable() -> None:
 def test_plan_with_host_lengths_does_not_read_the_device() -> None:
     route = CASES["pair"].layout().to("meta").route({"text": 0, "image": 1}, 2)
     assert route.ranges() == [(0, 40, 0), (40, 237, 1)]
+
+
+def test_a_modality_without_tokens_need_not_be_packed() -> None:
+    layout = vk.ModalityLayout.from_lengths({"text": [2, 1], "image": 0})
+    text = torch.randn(3, 4)
+    assert torch.equal(layout.pack({"text": text}), layout.pack({"text": text, "image": torch.empty(0, 4)}))
+    for parts in ({"image": torch.empty(0, 4)}, {}, {"text": text, "audio": text}):
+        with pytest.raises(ValueError, match=r"`parts` must have \('text', 'image'\), each that has tokens, got"):
+            layout.pack(parts)
+
+
+def test_a_mask_that_is_added_to_scores_is_refused() -> None:
+    """Its zeros are the real tokens: read as a bool it would be turned round."""
+    mask = torch.tensor([[0.0, 0.0, -1e4]])
+    with pytest.raises(ValueError, match="`mask` must be bool or 0/1, true for real tokens, got torch.float32"):
+        vk.ModalityLayout.from_split(1, 3, 1, mask)
+    assert vk.ModalityLayout.from_split(1, 3, 1, mask == 0).exact().tokens == 2

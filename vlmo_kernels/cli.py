@@ -126,7 +126,7 @@ def _app():
     def compare(
         base: Annotated[Path, typer.Argument(help="Rows of before.")],
         head: Annotated[Path, typer.Argument(help="Rows of now.")],
-        threshold: Annotated[float, typer.Option(help="Slower by more than this factor is a regression.")] = 1.1,
+        threshold: Annotated[float, typer.Option(help="Ours, slower by more than this: a regression.")] = 1.1,
     ) -> None:
         """Two results files side by side; exit status 1 on a regression."""
         _run("bench.run", "compare", base, head, threshold)

@@ -164,6 +164,11 @@ class ModalityLayout:
                     f"got {list(mask.shape)} on {mask.device}"
                 )
         if checks_on_device(ids) and ids.numel():
+            if mask is not None and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+                raise ValueError(
+                    "ModalityLayout.from_modality_ids: `mask` must be bool or 0/1, true for real tokens, got "
+                    f"{mask.dtype} with other values. Hint: of a mask that is added to scores it is `mask == 0`"
+                )
             largest = int((ids if mask is None else torch.where(mask.bool(), ids, -1)).max())
             if largest >= len(modalities):
                 raise ValueError(
@@ -189,7 +194,7 @@ class ModalityLayout:
             batch: number of samples.
             length: padded length of a sample.
             split: 0 to `length`; -1 stands for `length` (torchscale: everything is the first modality).
-            mask: bool `[batch, length]`, true for real tokens, or None.
+            mask: bool or 0/1 `[batch, length]`, true for real tokens, or None.
             modalities: two names, first part first.
             device: of the tables; that of the mask by default.
         """
@@ -291,7 +296,8 @@ class ModalityLayout:
 
         Args:
             parts: modality to `[B, L, D]` (each sample's tokens of that modality first, the rest is
-                ignored) or to `[tokens of the modality, D]` (sample after sample).
+                ignored) or to `[tokens of the modality, D]` (sample after sample). A modality without
+                tokens may be left out.
 
         Raises:
             ValueError: missing or unknown modalities, or sizes that do not fit.
@@ -301,12 +307,18 @@ class ModalityLayout:
                 f"ModalityLayout.pack: `parts` must map modalities to tensors, got {type(parts).__name__}. "
                 "Hint: pack_padded takes one padded tensor"
             )
-        if set(parts) != set(self.modalities):
-            raise ValueError(f"ModalityLayout.pack: `parts` must have exactly {self.modalities}, got {tuple(parts)}")
         order = self._modality_rows()
+        absent = [m for m in self.modalities if m not in parts]
+        needed = [m for m, (_, _, _, counts) in zip(self.modalities, order) if m in absent and int(counts.sum())]
+        if needed or len(absent) == len(self.modalities) or set(parts) - set(self.modalities):
+            raise ValueError(
+                f"ModalityLayout.pack: `parts` must have {self.modalities}, each that has tokens, got {tuple(parts)}"
+            )
         pieces, sources = [], []
         base = 0
         for m, name in enumerate(self.modalities):
+            if name in absent:
+                continue
             part = parts[name]
             sample, ordinal, flat_index, counts = order[m]
             if part.dim() >= 3:
@@ -326,7 +338,8 @@ class ModalityLayout:
             pieces.append(part)
             sources.append(index + base)
             base += part.shape[0]
-        widths = {name: tuple(piece.shape[1:]) for name, piece in zip(self.modalities, pieces, strict=True)}
+        given = [name for name in self.modalities if name not in absent]
+        widths = {name: tuple(piece.shape[1:]) for name, piece in zip(given, pieces, strict=True)}
         if len(set(widths.values())) > 1:
             raise ValueError(f"ModalityLayout.pack: all parts must have rows of one shape, got {widths}")
         live = torch.cat(pieces)[torch.cat(sources)]

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from .data import Loader, Report
 from .distributed import gather_object, rank, world_size
@@ -95,14 +96,7 @@ def run_retrieve(
     if index is None:
         vectors = embed_images(model, gallery.pixels)
     else:
-        made = Embeddings.load(index)
-        if made.names != gallery.names or made.images.shape[1] != config.dim:
-            raise ValueError(
-                f"retrieve: the index must be of these images and of this model, '{index}' holds {len(made.images)} "
-                f"images of {made.images.shape[1]} numbers, there are {len(gallery.names)} of {config.dim}. "
-                "Hint: vlmo embed again."
-            )
-        vectors = made.images
+        vectors = _vectors_of(index, loaded, gallery)
     ids, mask, _ = loaded.tokenizer.encode_batch(list(queries), config.max_text_len)
     scores, found = search_index(embed_texts(model, ids, mask), vectors, max(k, rerank_k))
     kind = "similarity"
@@ -123,6 +117,23 @@ def run_retrieve(
     out.parent.mkdir(parents=True, exist_ok=True)
     picture_sheet(queries, rows).save(out)
     _say(f"sheet: {out}")
+
+
+def _vectors_of(index: Path, loaded: Loaded, gallery: Gallery) -> Tensor:
+    """What `vlmo embed` wrote, if it is of these pictures and of this model: some pictures are embedded to see."""
+    made, dim = Embeddings.load(index), loaded.model.config.dim
+    fits = made.names == gallery.names and made.images.shape[1] == dim
+    if fits and gallery.names:
+        some = sorted({0, len(gallery.names) // 2, len(gallery.names) - 1})
+        again = embed_images(loaded.model, gallery.pixels[some])
+        fits = bool(((again * made.images[some]).sum(1) > 0.9999).all())  # cosines
+    if not fits:
+        raise ValueError(
+            f"retrieve: the index must be of these images and of this model, '{index}' holds {len(made.images)} "
+            f"images of {made.images.shape[1]} numbers, there are {len(gallery.names)} of {dim}, and some embedded "
+            "again must give what it holds. Hint: vlmo embed again."
+        )
+    return made.images
 
 
 @contextlib.contextmanager

@@ -96,6 +96,42 @@ def test_a_modality_has_the_expert_of_its_name(module):
     torch.testing.assert_close(renamed["picture"], usual["image"])
 
 
+def test_some_namesakes_are_a_mistake():
+    layout = ModalityLayout.from_lengths({"image": 2, "text": 2})
+    modules = (RoutedFFN(8, 16, ("txt", "image")), RoutedLinear(8, 4, ("text", "x")), RoutedNorm(8, ("image", "x")))
+    for module in modules:
+        with pytest.raises(ValueError, match="must have a namesake for each of the layout's modalities .* or for none"):
+            module(torch.randn(4, 8), layout)
+
+
+@pytest.mark.parametrize(
+    "names", [("a", "a"), ("", "b"), ("forward", "b"), ("training", "b"), ("a.b", "c"), ()], ids=str
+)
+def test_names_that_no_expert_can_have(names):
+    for build in (lambda n: RoutedFFN(8, 16, n), lambda n: RoutedLinear(8, 4, n), lambda n: RoutedNorm(8, n)):
+        with pytest.raises(ValueError, match="`names` must be different, not empty, without dots"):
+            build(names)
+    with pytest.raises(ValueError, match="MoMEEncoder: `modalities` must be different"):
+        MoMEEncoder(1, 8, 2, modalities=names)
+
+
+def test_one_string_is_no_tuple_of_names():
+    with pytest.raises(TypeError, match="`modalities` must be a tuple of strings, got 'text'"):
+        MoMEEncoder(1, 8, 2, modalities=("text"))
+    with pytest.raises(ValueError, match="no modality can be called 'vl'"):
+        MoMEEncoder(1, 8, 2, modalities=("text", "vl"), vl_start=0)
+
+
+def test_options_are_checked_when_a_module_is_made():
+    for build, text in (
+        (lambda: MoMEBlock(8, 2, activation="GELU"), "RoutedFFN: `activation` must be one of gelu, .*, got 'GELU'"),
+        (lambda: RoutedFFN(8, 16, recompute="ful"), "RoutedFFN: `recompute` must be one of .*, full, got 'ful'"),
+        (lambda: RoutedNorm(8, kind="batch"), "RoutedNorm: `kind` must be one of layer, rms, rms1p, got 'batch'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            build()
+
+
 def test_dropout_stands_before_the_residual():
     m, x = randomise(RoutedFFN(16, 32, dropout=0.5)).train(), rows()
     branch = m(x, LAYOUT, residual=x) - x

@@ -101,7 +101,8 @@ LAYOUT_ERRORS = {
     "pack_padded of another batch": (
         lambda: L.pack_padded(t(3, 5, 2)), ValueError, r"`x` must start with \[2, 5\], got \[3, 5, 2\]"),
     "pack without a modality": (
-        lambda: L.pack({"text": t(3, 2)}), ValueError, r"must have exactly \('text', 'image'\), got \('text',\)"),
+        lambda: L.pack({"text": t(3, 2)}), ValueError,
+        r"must have \('text', 'image'\), each that has tokens, got \('text',\)"),
     "pack of too few rows": (
         lambda: L.pack({"text": t(2, 4), "image": t(6, 4)}), ValueError, "`text` must have 3 rows, got 2"),
     "pack of too short a part": (
@@ -271,6 +272,9 @@ OP_ERRORS = {
     "prefix of int64": (
         lambda: attention(prefix=t(2).long(), causal=True, **KV), ValueError,
         "`prefix` must be int32, got torch.int64"),
+    "attention with a mask for a bias": (
+        lambda: attention(bias=torch.ones(2, 9, 9, dtype=torch.bool), **KV), TypeError,
+        "`bias` must be floating, it is added to the scores, got torch.bool"),
     "block of other rows": (lambda: block(t(8, 4)), ValueError, r"mome_block: `x` must be .* got \[8, 4\]"),
     "block gamma of experts that share a weight": (
         lambda: block(gamma1=[t(4), t(4)], experts={"text": 0, "image": 1}), ValueError,

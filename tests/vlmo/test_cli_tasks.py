@@ -104,6 +104,15 @@ def test_retrieve_with_an_index(run, folder, tmp_path, capsys):
     assert len(table) == 6 and all(line in with_index for line in table)
 
 
+def test_an_index_of_other_pictures_of_the_same_names_is_refused(run, tmp_path, capsys):
+    index = tmp_path / "i.safetensors"
+    assert vlmo("embed", "--model", run, "--data", "shapes:12", "--out", index) == 0
+    retrieve = ("retrieve", "a red star", "--model", run, "--out", tmp_path / "a.png", "--index", index)
+    assert vlmo(*retrieve, "--images", "shapes:12") == 0
+    assert vlmo(*retrieve, "--images", "shapes:12:heldout") == 2
+    assert "some embedded again must give what it holds" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_evaluate_retrieval(run, tmp_path, capsys):
     out = tmp_path / "r.json"
     data = ("--model", run, "--data", "shapes:20:heldout", "--rerank", 12, "--out", out)

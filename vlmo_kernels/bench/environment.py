@@ -84,7 +84,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """Commit of the source tree, with "-dirty" for local changes; None for an installed package."""
+    """Commit of the source tree, with "-dirty" for local changes other than results; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -99,7 +99,7 @@ def commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return f"{head}-dirty" if head and git("status", "--porcelain", "-uno") else head
+    return f"{head}-dirty" if head and git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results") else head
 
 
 def device_name(device: torch.device | str) -> str:

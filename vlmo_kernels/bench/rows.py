@@ -98,9 +98,14 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 def compare(base: Sequence[dict], head: Sequence[dict], threshold: float) -> list[dict[str, Any]]:
     """Rows of both files side by side: the key, both medians, head / base, and whether that is a regression.
 
-    Only rows with the same suite, case, contestant, pass, dtype and device are compared; the baselines' drift
-    tells how far two runs can be compared at all.
+    Only rows with the same suite, case, contestant, pass, dtype and device are compared. A regression is one of ours;
+    the baselines' drift tells how far two runs can be compared at all.
+
+    Raises:
+        ValueError: a threshold below 1.
     """
+    if not threshold >= 1.0:
+        raise ValueError(f"compare: `threshold` must be at least 1, got {threshold}")
     before = {_key(row): row for row in base}
     found = []
     for row in head:
@@ -111,7 +116,7 @@ def compare(base: Sequence[dict], head: Sequence[dict], threshold: float) -> lis
         found.append(
             {k: row[k] for k in KEY}
             | {"base_ms": other["median_ms"], "head_ms": row["median_ms"], "ratio": ratio}
-            | {"regression": ratio > threshold}
+            | {"regression": ratio > threshold and row["contestant"].startswith("ours")}
         )
     return found
 

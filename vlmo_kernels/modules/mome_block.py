@@ -9,6 +9,7 @@ from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import RelativePositionBias
 
 from .drop_path import drop_path_scale, sample_drop_path_scale
+from .experts import check_names
 from .routed_ffn import RoutedFFN
 from .routed_norm import RoutedNorm
 from .shared_attention import SharedAttention
@@ -116,6 +117,11 @@ class MoMEEncoder(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"MoMEEncoder: `depth` must be at least 1, got {depth}")
+        modalities = check_names("MoMEEncoder", modalities, "modalities")
+        if vl_start is not None and "vl" in modalities:
+            raise ValueError(
+                f"MoMEEncoder: with `vl_start` no modality can be called 'vl' like the expert, got {modalities}"
+            )
         if vl_start is not None and not 0 <= vl_start <= depth:
             raise ValueError(f"MoMEEncoder: `vl_start` must lie in 0..depth={depth} or be None, got {vl_start}")
         self.dim = dim

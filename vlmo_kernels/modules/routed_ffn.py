@@ -7,10 +7,10 @@ from torch import nn
 
 from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import routed_ffn
-from vlmo_kernels.ops.routed_ffn import GATED
+from vlmo_kernels.ops.routed_ffn import GATED, check_options
 from vlmo_kernels.runtime.dispatch import check_impl
 
-from .experts import experts_by_name
+from .experts import check_names, experts_by_name
 
 
 class Mlp(nn.Module):
@@ -53,7 +53,8 @@ class RoutedFFN(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.names, self.experts, self.activation = tuple(names), experts, activation
+        check_options("RoutedFFN", activation, recompute)
+        self.names, self.experts, self.activation = check_names("RoutedFFN", names), experts, activation
         self.dropout, self.recompute = dropout, recompute
         self.impl = check_impl("RoutedFFN", impl)
         for name in names:
@@ -79,7 +80,7 @@ class RoutedFFN(nn.Module):
             [m.fc2.weight for m in mlps],
             [m.fc2.bias for m in mlps],
             layout,
-            experts_by_name(self.names, self.experts, layout),
+            experts_by_name("RoutedFFN", self.names, self.experts, layout),
             activation=self.activation,
             w_up=[m.fc_up.weight for m in mlps] if gated else None,
             b_up=[m.fc_up.bias for m in mlps] if gated else None,

@@ -9,7 +9,7 @@ from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import routed_linear
 from vlmo_kernels.runtime.dispatch import check_impl
 
-from .experts import experts_by_name
+from .experts import check_names, experts_by_name
 
 
 class RoutedLinear(nn.Module):
@@ -36,7 +36,7 @@ class RoutedLinear(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.names, self.experts = tuple(names), experts
+        self.names, self.experts = check_names("RoutedLinear", names), experts
         self.impl = check_impl("RoutedLinear", impl)
         for name in names:
             self.add_module(name, nn.Linear(in_features, out_features, bias=bias))
@@ -54,7 +54,7 @@ class RoutedLinear(nn.Module):
         layers = [getattr(self, name) for name in self.names]
         return routed_linear(
             x, [m.weight for m in layers], [m.bias for m in layers], layout,
-            experts_by_name(self.names, self.experts, layout),
+            experts_by_name("RoutedLinear", self.names, self.experts, layout),
             gamma=gamma, residual=residual, row_scale=row_scale, impl=self.impl,
         )  # fmt: skip
 

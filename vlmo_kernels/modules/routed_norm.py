@@ -7,9 +7,10 @@ from torch import nn
 
 from vlmo_kernels.layout import Experts, ModalityLayout
 from vlmo_kernels.ops import routed_norm
+from vlmo_kernels.ops.routed_norm import check_kind
 from vlmo_kernels.runtime.dispatch import check_impl
 
-from .experts import experts_by_name
+from .experts import check_names, experts_by_name
 
 
 class RoutedNorm(nn.Module):
@@ -37,7 +38,8 @@ class RoutedNorm(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.names, self.experts, self.kind, self.eps = tuple(names), experts, kind, eps
+        check_kind("RoutedNorm", kind)
+        self.names, self.experts, self.kind, self.eps = check_names("RoutedNorm", names), experts, kind, eps
         self.impl = check_impl("RoutedNorm", impl)
         for name in names:
             self.add_module(name, nn.LayerNorm(dim, eps) if kind == "layer" else nn.RMSNorm(dim, eps))
@@ -50,7 +52,8 @@ class RoutedNorm(nn.Module):
         norms = [getattr(self, name) for name in self.names]
         biases = [m.bias for m in norms] if self.kind == "layer" else None
         return routed_norm(
-            x, [m.weight for m in norms], biases, layout, experts_by_name(self.names, self.experts, layout),
+            x, [m.weight for m in norms], biases, layout,
+            experts_by_name("RoutedNorm", self.names, self.experts, layout),
             kind=self.kind, eps=self.eps, residual=residual, impl=self.impl,
         )  # fmt: skip
 

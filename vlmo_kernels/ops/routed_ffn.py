@@ -30,6 +30,15 @@ define(
 )
 
 
+def check_options(op: str, activation: str, recompute: str) -> None:
+    """ValueError for a name that is not known."""
+    for name, value, known in (
+        ("activation", activation, (*PLAIN, *GATED)), ("recompute", recompute, RECOMPUTE)
+    ):
+        if value not in known:
+            raise ValueError(f"{op}: `{name}` must be one of {', '.join(known)}, got {value!r}")
+
+
 def routed_ffn(
     x: torch.Tensor,
     w1: Sequence[torch.Tensor],
@@ -83,12 +92,7 @@ def routed_ffn(
     """
     op = "routed_ffn"
     common.check_rows(op, "x", x, layout)
-    if activation not in (*PLAIN, *GATED):
-        raise ValueError(
-            f"{op}: `activation` must be one of {', '.join((*PLAIN, *GATED))}, got {activation!r}"
-        )
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"{op}: `recompute` must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+    check_options(op, activation, recompute)
     eps = common.check_eps(op, eps)
     weights = _weights(op, x, w1, b1, w2, b2, w_up, b_up, gamma, inner_norm, activation)
     common.check_epilogue(op, x, weights.w2[0].shape[0], residual, row_scale)

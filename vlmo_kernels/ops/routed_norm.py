@@ -26,6 +26,12 @@ define(
 )
 
 
+def check_kind(op: str, kind: str) -> None:
+    """ValueError for one that is not known."""
+    if kind not in KINDS:
+        raise ValueError(f"{op}: `kind` must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
 def routed_norm(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor | None],
@@ -63,8 +69,7 @@ def routed_norm(
     """
     op = "routed_norm"
     common.check_rows(op, "x", x, layout)
-    if kind not in KINDS:
-        raise ValueError(f"{op}: `kind` must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_kind(op, kind)
     eps = common.check_eps(op, eps)
     ws = common.per_expert(op, "weights", weights, len(weights) if isinstance(weights, Sequence) else 1)
     bs = common.per_expert(op, "biases", biases, len(ws))

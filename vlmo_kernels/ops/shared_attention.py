@@ -126,6 +126,11 @@ def shared_attention(
     if bias is not None:
         if not isinstance(bias, torch.Tensor):
             raise TypeError(f"{op}: `bias` must be a tensor or a RelativePositionBias, got {type(bias).__name__}")
+        if not bias.is_floating_point():
+            raise TypeError(
+                f"{op}: `bias` must be floating, it is added to the scores, got {bias.dtype}. Hint: which tokens there "
+                "are is in the layout; a mask is torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)"
+            )
         if bias.dim() != 3 or bias.shape[0] != heads or min(bias.shape[1:]) < layout.max_seqlen:
             raise ValueError(
                 f"{op}: `bias` must be [{heads}, N, N] with N at least {layout.max_seqlen} (the layout's "
