@@ -307,25 +307,24 @@ class ModalityLayout:
                 f"ModalityLayout.pack: `parts` must map modalities to tensors, got {type(parts).__name__}. "
                 "Hint: pack_padded takes one padded tensor"
             )
-        order = self._modality_rows()
-        absent = [m for m in self.modalities if m not in parts]
-        needed = [m for m, (_, _, _, counts) in zip(self.modalities, order) if m in absent and int(counts.sum())]
-        if needed or len(absent) == len(self.modalities) or set(parts) - set(self.modalities):
+        order = dict(zip(self.modalities, self._modality_rows(), strict=True))
+        given = [m for m in self.modalities if m in parts]
+        lacking = [m for m in self.modalities if m not in parts and int(order[m][3].sum())]
+        if lacking or not given or len(given) < len(parts):
             raise ValueError(
                 f"ModalityLayout.pack: `parts` must have {self.modalities}, each that has tokens, got {tuple(parts)}"
             )
         pieces, sources = [], []
         base = 0
-        for m, name in enumerate(self.modalities):
-            if name in absent:
-                continue
+        for name in given:
             part = parts[name]
-            sample, ordinal, flat_index, counts = order[m]
+            sample, ordinal, flat_index, counts = order[name]
             if part.dim() >= 3:
-                if part.shape[0] != self.batch or part.shape[1] < int(counts.max() if counts.numel() else 0):
+                longest = int(counts.max() if counts.numel() else 0)
+                if part.shape[0] != self.batch or part.shape[1] < longest:
                     raise ValueError(
-                        f"ModalityLayout.pack: `{name}` must be [{self.batch}, at least "
-                        f"{int(counts.max() if counts.numel() else 0)}, ...], got {list(part.shape)}"
+                        f"ModalityLayout.pack: `{name}` must be [{self.batch}, at least {longest}, ...], "
+                        f"got {list(part.shape)}"
                     )
                 index = sample * part.shape[1] + ordinal
                 part = part.flatten(0, 1)
@@ -338,7 +337,6 @@ class ModalityLayout:
             pieces.append(part)
             sources.append(index + base)
             base += part.shape[0]
-        given = [name for name in self.modalities if name not in absent]
         widths = {name: tuple(piece.shape[1:]) for name, piece in zip(given, pieces, strict=True)}
         if len(set(widths.values())) > 1:
             raise ValueError(f"ModalityLayout.pack: all parts must have rows of one shape, got {widths}")
