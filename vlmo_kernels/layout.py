@@ -314,8 +314,7 @@ class ModalityLayout:
             raise ValueError(
                 f"ModalityLayout.pack: `parts` must have {self.modalities}, each that has tokens, got {tuple(parts)}"
             )
-        pieces, sources = [], []
-        base = 0
+        pieces, sources, base = [], [], 0
         for name in given:
             part = parts[name]
             sample, ordinal, flat_index, counts = order[name]
@@ -329,10 +328,9 @@ class ModalityLayout:
                 index = sample * part.shape[1] + ordinal
                 part = part.flatten(0, 1)
             else:
-                if part.shape[0] != int(counts.sum()):
-                    raise ValueError(
-                        f"ModalityLayout.pack: `{name}` must have {int(counts.sum())} rows, got {part.shape[0]}"
-                    )
+                count = int(counts.sum())
+                if part.shape[0] != count:
+                    raise ValueError(f"ModalityLayout.pack: `{name}` must have {count} rows, got {part.shape[0]}")
                 index = flat_index
             pieces.append(part)
             sources.append(index + base)
