@@ -66,15 +66,16 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, int64_t piece, Format fo
   Buffer<T> x(rows, k, 3), w(n, k, 1), y(rows, n, 2), pre(rows, n, 0), residual(rows, n, 5);
   auto bias = draw<float>(n), gamma = draw<float>(n), scale = draw<float>(rows);
   const double size = tolerance * std::sqrt(double(k) + 1);
+  Dense common{};
+  common.format = format;
+  common.rows = rows;
+  common.n = n;
+  common.k = k;
+  common.tile = tile;
+  common.piece = piece;
   {
     const auto panels = packed(w.matrix(format), false, n, k);
-    Dense a{};
-    a.format = format;
-    a.rows = rows;
-    a.n = n;
-    a.k = k;
-    a.tile = tile;
-    a.piece = piece;
+    Dense a = common;
     a.x = x.matrix(format);
     a.panels = panels.data();
     a.activation = GELU;
@@ -100,13 +101,7 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, int64_t piece, Format fo
   std::vector<float> sums(pieces(rows, SUM_ROWS) * n, std::nanf(""));
   {
     const auto panels = packed(v.matrix(format), true, n, k);
-    Dense a{};
-    a.format = format;
-    a.rows = rows;
-    a.n = n;
-    a.k = k;
-    a.tile = tile;
-    a.piece = piece;
+    Dense a = common;
     a.x = x.matrix(format);
     a.x_columns = factor.data();
     a.panels = panels.data();
@@ -135,13 +130,7 @@ void run(int64_t rows, int64_t n, int64_t k, Tile tile, int64_t piece, Format fo
     Buffer<T> dy(k, rows, 2), input(k, n, 1), weight(rows, n, 3), dw(rows, n, 0);
     std::vector<float> dots(pieces(n, SUM_COLUMNS) * rows, std::nanf(""));
     const auto panels = packed(input.matrix(format), true, n, k);
-    Dense a{};
-    a.format = format;
-    a.rows = rows;
-    a.n = n;
-    a.k = k;
-    a.tile = tile;
-    a.piece = piece;
+    Dense a = common;
     a.x = dy.matrix(format);
     a.by_columns = true;
     a.panels = panels.data();
